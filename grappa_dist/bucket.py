@@ -89,6 +89,19 @@ def bucket_of(path: Path | str) -> Bucket | None:
 
 @lru_cache(maxsize=64)
 def _bucket(root: str, url: str) -> Bucket:
+    """The bucket of a folder, which this user alone can write to: in a temporary folder others can make its name first.
+
+    Raises:
+        ValueError: the folder cannot be made, or belongs to another user.
+    """
+    parent = Path(root).parent
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        is_own = parent.stat().st_uid == os.getuid()
+    except OSError as error:
+        raise ValueError(f"out={url}: {parent}: {error.strerror}; TMPDIR names another place") from error
+    if not is_own:
+        raise ValueError(f"out={url}: {parent} belongs to another user; TMPDIR names another place")
     return Bucket(Path(root), url)
 
 

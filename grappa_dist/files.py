@@ -168,19 +168,6 @@ def write_json_list(path: Path, values: Callable[[], Iterable[Any]]) -> None:
     replace(path, write)
 
 
-def write_inside(path: Path, offset: int, data: bytes) -> None:
-    """Writes a part of a file, and syncs it, while other processes may write other parts of it."""
-
-    def attempt() -> None:
-        with open(path, "r+b") as file:
-            file.seek(offset)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    tried_again(attempt, path)
-
-
 class _Plain:
     """A file that numpy takes for none of the C library, whose errors have no number."""
 

@@ -48,6 +48,18 @@ def test_a_url_that_can_be_no_run_directory_is_refused_in_a_line_without_secrets
     assert "\n" not in str(refused.value)
 
 
+def test_the_folder_is_private_and_one_of_another_user_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own, planted = (tmp_path / name for name in ("own", "planted"))
+    assert bucket_of(folder_of("s3://b/x", str(own)) / "labels") is not None
+    assert own.stat().st_mode & 0o777 == 0o700
+    planted.mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: planted.stat().st_uid + 1)
+    with pytest.raises(ValueError, match=r"out=s3://b/x: .*planted belongs to another user; TMPDIR names"):
+        bucket_of(folder_of("s3://b/x", str(planted)) / "labels")
+
+
 def test_a_path_knows_its_bucket_and_paths_elsewhere_have_none(tmp_path: Path) -> None:
     root = folder_of("gs://bucket/runs/a b", str(tmp_path))
     found = bucket_of(root / "labels" / "x.npy")

@@ -137,9 +137,11 @@ def test_a_run_lies_where_out_says_or_below_runs(monkeypatch: pytest.MonkeyPatch
     assert run_root("x", "demo") == tmp_path / "x"
 
 
-def test_a_run_directory_on_a_store_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"out=s3://b/runs: .*expected a folder on a file system.*mirror=s3://b/runs"):
-        run_root("s3://b/runs", "demo")
+def test_a_run_directory_on_a_web_server_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"out=http://host/runs: expected a folder .*, s3://<bucket>/<prefix> or gs://"
+    ):
+        run_root("http://host/runs", "demo")
 
 
 def test_a_little_is_read_of_both_ends_and_a_bad_image_is_no_obstacle(tmp_path: Path) -> None:
