@@ -118,6 +118,7 @@ def can_hide() -> bool:
     return os.geteuid() == 0 and shutil.which("unshare") is not None and os.system("unshare -m true") == 0
 
 
+@pytest.mark.slow
 def test_a_run_on_a_bucket_is_the_local_run_and_goes_on_in_an_empty_folder(bucket: Bucket, tmp_path: Path) -> None:
     bucket.allow_writing()
     settings = settings_in(tmp_path, bucket)
