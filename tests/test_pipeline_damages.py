@@ -189,7 +189,7 @@ def test_damage_that_is_met_on_the_way_is_mended_and_the_run_goes_on(
     shutil.rmtree(one(root, "insight/backbone-*"))
     flip(one(root, "features/backbone/part0-*/rows.npy"), -1)  # of the training and of the test images
     renewed = list[int]()
-    here = tiny.Here()
+    here = InThisProcess(num_workers=1)
     monkeypatch.setattr(tiny.Here, "renew_workers", lambda self: renewed.append(1))
     pipeline.run_in(tiny.run_in(settings, root, here))
     assert [damage.file for damage in read_damages(root)] == ["rows.npy"]
