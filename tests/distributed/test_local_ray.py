@@ -127,7 +127,7 @@ def square_late(device: torch.device, task: tuple[int, str]) -> int:
     return number**2
 
 
-@pytest.mark.long  # its tasks may end before their workers notice the death, and then nothing is told
+@pytest.mark.long  # its tasks may end before their workers notice the death, and then none is reported
 def test_after_the_death_of_a_part_ray_starts_again_and_the_work_is_done(cluster: Cluster, tmp_path: Path) -> None:
     """The last of this module that uses the cluster: afterwards it is another one."""
     assert cluster.local is not None
