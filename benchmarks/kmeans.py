@@ -54,7 +54,7 @@ from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm, Grid
 from grappa_dist.distributed.sharded_rows import BLOCK_ROWS, GridRows, Rows, join_rows
 from grappa_dist.kmeans.lloyd import KMeansTask, run_fit, sharded_kmeans, start_fit, start_sliced_fit
-from grappa_dist.kmeans.seeding import oversampled_centroids, seed_centroids
+from grappa_dist.kmeans.seeding import oversampled_places, rows_at, seed_places
 
 OURS = "ours"
 ONE, SEVERAL = "one worker", "several workers"
@@ -282,8 +282,8 @@ def _warm_up(rows: np.ndarray, seed: int) -> None:
 def _seed(rows: np.ndarray, num_labels: int, settings: KMeansSettings, log: Log) -> Seeding:
     sharded = join_rows(Comm(), in_shards(rows, settings.shard_rows), device=torch.device("cpu"))
     ways: dict[str, Callable[[], np.ndarray]] = {
-        "k-means++": lambda: seed_centroids(sharded, num_labels, settings.seed).numpy(),
-        "k-means||": lambda: oversampled_centroids(sharded, num_labels, settings.seed).numpy(),
+        "k-means++": lambda: rows_at(sharded, seed_places(sharded, num_labels, settings.seed)).numpy(),
+        "k-means||": lambda: rows_at(sharded, oversampled_places(sharded, num_labels, settings.seed)).numpy(),
     }
     if settings.init == "both":
         ways["k-means++ of faiss"] = lambda: seed_by_faiss(rows, num_labels, settings.seed)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 DRIVER, RAYLET, GCS, WORKER, OTHER = "driver", "raylet", "GCS", "worker", "other"
-ROLES = (DRIVER, RAYLET, GCS, WORKER, OTHER)
 LOOK_S = 1.0
 STOPPED = 143  # exit status after SIGTERM with state saved
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")

@@ -71,30 +71,6 @@ def ignore_round(seeded: SeedingState, wanted: int) -> None:
     """The default of `on_round`."""
 
 
-def seed_centroids(
-    sharded: ShardedRows,
-    num_labels: int,
-    seed: int,
-    *,
-    resume: SeedingState | None = None,
-    on_round: OnRound = ignore_round,
-) -> Tensor:
-    """k-means++ centroids, (K, D): the rows at `seed_places`."""
-    return rows_at(sharded, seed_places(sharded, num_labels, seed, resume=resume, on_round=on_round))
-
-
-def oversampled_centroids(
-    sharded: ShardedRows,
-    num_labels: int,
-    seed: int,
-    *,
-    resume: SeedingState | None = None,
-    on_round: OnRound = ignore_round,
-) -> Tensor:
-    """k-means|| centroids, (K, D): the rows at `oversampled_places`."""
-    return rows_at(sharded, oversampled_places(sharded, num_labels, seed, resume=resume, on_round=on_round))
-
-
 def seed_places(
     sharded: ShardedRows,
     num_labels: int,

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Rows, ShardedRows, join_rows
 from grappa_dist.kmeans import seeding
-from grappa_dist.kmeans.seeding import SeedingState, seed_centroids
+from grappa_dist.kmeans.seeding import SeedingState, rows_at, seed_places
 from tests.kmeans.test_lloyd import clustered, cuts, good_rows, part_of
 from tests.processes import run_ranks
 
@@ -28,6 +30,10 @@ def at(places: Iterable[int], drawn: int) -> SeedingState:
 def shard_rows(comm: Comm, x: np.ndarray) -> ShardedRows:
     edges = cuts(len(x), comm.size)
     return join_rows(comm, part_of(x, edges[comm.rank], edges[comm.rank + 1]), device=torch.device("cpu"))
+
+
+def seed_centroids(sharded: ShardedRows, num: int, seed: int, **how: Any) -> Tensor:
+    return rows_at(sharded, seed_places(sharded, num, seed, **how))
 
 
 def rounds_of(name: str) -> tuple[np.ndarray, list[SeedingState]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +21,13 @@ from grappa_dist.kmeans.seeding import (
     SeedingCandidates,
     SeedingState,
     draw_centroids,
-    oversampled_centroids,
+    oversampled_places,
     rows_at,
-    seed_centroids,
     to_weights,
 )
 from grappa_dist.search.fixed_point import GRID, to_grid
 from tests.kmeans.test_lloyd import clustered, cuts, good_rows, lattice, part_of
-from tests.kmeans.test_seeding import at
+from tests.kmeans.test_seeding import at, seed_centroids
 from tests.processes import run_ranks
 
 CASES = {
@@ -40,6 +40,10 @@ CASES = {
     "one label": (clustered(30, 3, 3), 1),
     "one dimension": (np.linspace(-1, 1, 101, dtype=np.float32)[:, None], 10),
 }
+
+
+def oversampled_centroids(sharded: ShardedRows, num: int, seed: int, **how: Any) -> Tensor:
+    return rows_at(sharded, oversampled_places(sharded, num, seed, **how))
 
 
 def shard_rows(comm: Comm, x: np.ndarray, block_rows: int = 64) -> ShardedRows:
