@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
@@ -26,6 +27,9 @@ from tests.retrieval.photos import model_in, write_photos
 from tests.serving.process import PATIENCE_S, Serving, serving
 from tests.test_docs import DOCS
 from tests.test_docs_commands import run_by
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 SCROLLS = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 DROP = """async ([url, name]) => {
@@ -64,10 +68,10 @@ def test_the_page_of_the_docs_command_answers_its_python(
     assert lines[2].startswith("['k=0', 'k=1'] [0.")
 
 
-def until(tab: Tab, expression: str) -> None:
+def until(page: Page, expression: str) -> None:
     """Waits until it is true; playwright's own wait is an eval, which the page's policy refuses."""
     end = time.monotonic() + PATIENCE_S
-    while not tab.page.evaluate(expression):
+    while not page.evaluate(expression):
         assert time.monotonic() < end, expression
         time.sleep(0.05)
 
@@ -83,7 +87,7 @@ def test_a_file_that_is_chosen_has_both_columns_bars_and_links(running: Serving)
     photos = running.log.parent / "photos"
     with browsing(1280, 900) as tab:
         tab.page.goto(running.url)
-        until(tab, "document.querySelector('#about').textContent !== ''")
+        until(tab.page, "document.querySelector('#about').textContent !== ''")
         assert tab.page.text_content("#about") == "12 images under backbone, 12 images under neighbours"
         tab.page.set_input_files("#file", str(photos / "cat" / "2.png"))
         found = columns(tab)
@@ -101,15 +105,15 @@ def test_a_file_that_is_chosen_has_both_columns_bars_and_links(running: Serving)
         assert widths[0] / sum(widths) == pytest.approx(shares[0] / 100, abs=0.01)
         tab.page.click("summary")
         assert len(tab.page.query_selector_all("#layers tbody tr")) == 2
-        until(tab, "[...document.querySelectorAll('#columns img')].some(i => i.naturalWidth > 0)")
+        until(tab.page, "[...document.querySelectorAll('#columns img')].some(i => i.naturalWidth > 0)")
         with tab.page.context.expect_page() as opened:
             tab.page.click("#columns section:last-child li:first-child a")
-        assert opened.value.evaluate("document.images[0].naturalWidth") == 36
+        until(opened.value, "document.images[0]?.naturalWidth === 36")  # the tab is there before its document
         assert opened.value.evaluate("document.contentType") == "image/png"
         tab.page.select_option("#hits", "5")
-        until(tab, "document.querySelectorAll('#columns li').length === 10")
+        until(tab.page, "document.querySelectorAll('#columns li').length === 10")
         tab.page.click("#columns section:first-child li:nth-child(2) button")
-        until(tab, f"document.querySelector('#query').alt === {('The query: ' + found[0][1])!r}")
+        until(tab.page, f"document.querySelector('#query').alt === {('The query: ' + found[0][1])!r}")
         assert tab.errors == []
 
 
