@@ -39,7 +39,8 @@ _TABLE, _GPU_TABLE = 2**21, 2**28  # scores of a block with a tile: on a CPU the
 _EXACT_TABLE = 2**20  # the same of exact ones
 _SMALL_CLASS = 64  # images of classes whose products are made together
 _SAMPLE_SHARE, _LEAST_SAMPLE, _MOST_SAMPLE = 16, 32, 2**12  # of the gallery: one row in 16 gives the first bounds
-_MOST_OPEN = 2**16  # of a table: more places left open than that are decided by exact products of the whole table
+_OPEN_SHARE = 2  # of a table: more places left open than one of two scores need exact products of it all
+_OPEN_AT_ONCE = 2**18  # places that are decided together
 _MANY = 2  # times K of a table's scores by query: if more may count, the table's own best are found first
 _ROUNDING = 2.0**-22  # above what float32 rounds away of a score plus or minus the error
 _UNIT_NORM = 1 + 2.0**-12  # that rounding to the grid does not lift a unit row above
@@ -298,11 +299,14 @@ class _Block:
         if len(left):
             open_pairs = pairs.pick(left)
             width = self._better(open_pairs.queries, open_pairs.scores - self.error, equal=True) - open_pairs.before
-            if int(width.sum()) > _MOST_OPEN:
+            ends = width.cumsum(0)
+            if _OPEN_SHARE * int(ends[-1]) > len(self.x) * len(tile.rows):
                 for part in tile.split(max(1, _EXACT_TABLE // len(self.x))):
                     self._place_exactly(part)
                 return
-            pairs.before[left] += self._decided(tile, open_pairs, width)
+            sizes = torch.bincount((ends - 1) // _OPEN_AT_ONCE)
+            for some in torch.arange(len(left), device=self.device).split(sizes[sizes > 0].tolist()):
+                pairs.before[left[some]] += self._decided(tile, open_pairs.pick(some), width[some])
         self._count(pairs.queries, pairs.before)
 
     def _better(self, queries: Tensor, scores: Tensor, *, equal: bool = False) -> Tensor:

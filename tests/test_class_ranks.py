@@ -75,8 +75,9 @@ def test_metrics_are_those_of_sorted_exact_scores_for_any_tiles_blocks_and_ranks
     [
         {"_SMALL_CLASS": 1},  # every class by itself
         {"_SMALL_CLASS": 1, "_READ": 2},  # and in several pieces
-        {"_MOST_OPEN": -1},  # whatever float32 leaves open, by exact products of the whole table
-        {"_MOST_OPEN": 10**9},  # and pair by pair
+        {"_OPEN_SHARE": 10**9},  # whatever float32 leaves open, by exact products of the whole table
+        {"_OPEN_SHARE": 0},  # and pair by pair
+        {"_OPEN_SHARE": 0, "_OPEN_AT_ONCE": 3},
         {"_SAMPLE_SHARE": 3, "_LEAST_SAMPLE": 1},
         {"_MANY": 1},  # every table bounds itself
         {"_MANY": 10**9},  # none does
