@@ -16,9 +16,11 @@ one by one, D dimensions.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -33,13 +35,13 @@ from grappa_dist.search.rerank import pair_dots
 UNIT = 2**40  # a query's metric in [0, 1] as an integer: they add in any order
 _ENTRIES, _GPU_ENTRIES = 2**23, 2**26  # scores with the own class that are kept at a time: b * K of all blocks
 _QUERIES, _GPU_QUERIES = 512, 4096  # of a block
-_GROUP = 2**14  # queries that one pass over the gallery serves, at most
+_GROUP = 2**16  # queries that one pass over the gallery serves, at most
 _READ = 2**14  # rows of the gallery read at once
 _TABLE, _GPU_TABLE = 2**21, 2**28  # scores of a block with a tile: on a CPU they stay in the cache
 _EXACT_TABLE = 2**20  # the same of exact ones
-_SMALL_CLASS = 64  # images of classes whose products are made together
+_SMALL_CLASS = 64  # images of classes whose products are made together, and of queries that are compared in pairs
 _SAMPLE_SHARE, _LEAST_SAMPLE, _MOST_SAMPLE = 16, 32, 2**12  # of the gallery: one row in 16 gives the first bounds
-_OPEN_SHARE = 2  # of a table: more places left open than one of two scores need exact products of it all
+_OPEN_DIMS = 32  # so many dimensions of a pair's exact product take as long as all that is exact of a table's score
 _OPEN_AT_ONCE = 2**18  # places that are decided together
 _MANY = 2  # times K of a table's scores by query: if more may count, the table's own best are found first
 _ROUNDING = 2.0**-22  # above what float32 rounds away of a score plus or minus the error
@@ -48,16 +50,18 @@ _UNIT_NORM = 1 + 2.0**-12  # that rounding to the grid does not lift a unit row 
 
 @dataclass(frozen=True)
 class Tile:
-    """Consecutive rows of the gallery, on the device."""
+    """Some rows of the gallery, on the device."""
 
-    first: int  # place of the first
+    places: Tensor  # (t,)
     rows: Tensor  # (t, D)
     classes: Tensor  # (t,)
 
+    def part(self, start: int, stop: int) -> Tile:
+        return Tile(self.places[start:stop], self.rows[start:stop], self.classes[start:stop])
+
     def split(self, size: int) -> Iterator[Tile]:
         for start in range(0, len(self.rows), size):
-            some = slice(start, start + size)
-            yield Tile(self.first + start, self.rows[some], self.classes[some])
+            yield self.part(start, start + size)
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,9 @@ class Gallery:
             return self.held.index_select(0, sent(places, self.device))
         return sent(self.read(places), self.device)
 
-    def tile(self, some: range) -> Tile:
-        """Consecutive rows."""
-        places = slice(some.start, some.stop)
-        rows = self.rows(torch.arange(some.start, some.stop)) if self.held is None else self.held[places]
-        return Tile(some.start, rows, sent(self.classes[places], self.device))
+    def tile(self, places: Tensor) -> Tile:
+        """The rows at some places."""
+        return Tile(sent(places, self.device), self.rows(places), sent(self.classes[places], self.device))
 
     @cached_property
     def sample(self) -> Tensor | None:
@@ -152,16 +154,43 @@ def score_queries(
     tile_rows = tile_rows or _READ
     with true_products():
         for group in _groups(gallery, queries, block_rows):
-            blocks = [_Block(gallery, queries[some.start : some.stop]) for some in group]
-            num = group[-1].stop - group[0].start
-            for start in range(0, len(gallery.classes), tile_rows):
-                some = range(start, min(start + tile_rows, len(gallery.classes)))
+            first, places = group[0].start, queries[group[0].start : group[-1].stop]
+            of_group = gallery.tile(places)
+            blocks = [
+                _Block(gallery, queries[some.start : some.stop], of_group.part(some.start - first, some.stop - first))
+                for some in group
+            ]
+            others = torch.ones(len(gallery.classes), dtype=torch.bool)
+            if blocks[-1].own.shape[1] <= _SMALL_CLASS:  # else a table as small as a block bounds itself badly
+                yield from _meet_each_other(blocks, of_group)
+                others[places] = False
+            for some in torch.nonzero(others).flatten().split(tile_rows):
                 tile = gallery.tile(some)
                 for block in blocks:
                     block.meet(tile)
-                yield num * len(some)
+                yield len(places) * len(some)
             for part, block in zip(group, blocks, strict=True):
                 found[part.start : part.stop] = block.units().cpu()
+
+
+def _meet_each_other(blocks: Sequence[_Block], of_all: Tile) -> Iterator[int]:
+    """Every block meets the rows of all blocks, which are consecutive in `of_all`. A product of two blocks is computed
+    once and serves both; yields how many scores of a query with a row have been dealt with since."""
+    stops = list(accumulate(len(block.x) for block in blocks))
+    for i, (block, stop) in enumerate(zip(blocks, stops, strict=True)):
+        mine = of_all.part(stop - len(block.x), stop)
+        block.meet(mine)
+        begin = i + 1
+        while begin < len(blocks):
+            end = max(begin + 1, bisect_right(stops, stops[begin - 1] + _columns(block.x)))
+            others = of_all.part(stops[begin - 1], stops[end - 1])
+            scores = block.x @ others.rows.T
+            block.place(others, scores)
+            parts = scores.split([len(other.x) for other in blocks[begin:end]], 1)
+            for other, of_other in zip(blocks[begin:end], parts, strict=True):
+                other.place(mine, of_other.T)
+            begin = end
+        yield len(block.x) * (len(block.x) + 2 * (stops[-1] - stop))
 
 
 def _groups(gallery: Gallery, queries: Tensor, block_rows: int | None) -> Iterator[Sequence[range]]:
@@ -200,11 +229,11 @@ class _Pairs:
 class _Block:
     """Some queries, the scores with their own class, and where others have been placed among these."""
 
-    def __init__(self, gallery: Gallery, places: Tensor) -> None:
+    def __init__(self, gallery: Gallery, places: Tensor, rows: Tile) -> None:
         self.gallery, self.device = gallery, gallery.device
-        self.places = places  # (b,)
-        self.x = gallery.rows(places)  # (b, D)
-        self.classes, self.sizes = (sent(of[places], self.device) for of in (gallery.classes, gallery.others))
+        self.places = places  # (b,), in host memory
+        self.x, self.classes = rows.rows, rows.classes  # (b, D), (b,)
+        self.sizes = sent(gallery.others[places], self.device)  # (b,)
         self.error = 2 * float_error(self.x.shape[1], _UNIT_NORM**2) + _ROUNDING
         shape = (len(places), int(gallery.others[places].max()))
         self.own = torch.full(shape, -torch.inf, device=self.device)  # (b, K) scores with the own class, descending
@@ -268,17 +297,19 @@ class _Block:
 
     def meet(self, tile: Tile) -> None:
         """Places the rows of a tile among the scores with the own class."""
-        table = _GPU_TABLE if self.device.type == "cuda" else _TABLE
-        for part in tile.split(max(1, table // len(self.x))):
-            scores = self.x @ part.rows.T  # (b, t)
-            queries, columns = _places_of(self._may_count(scores))
-            other = self.classes[queries] != part.classes[columns]
-            queries, columns = queries[other], columns[other]
-            found = scores[queries, columns]
-            pairs = _Pairs(queries, columns, found, self._better(queries, found + self.error))
-            self._place(part, pairs.pick(pairs.before < self.active[queries]))
-            if len(queries) >= len(self.x):
-                self._bound(self.counts.cumsum(1))
+        for part in tile.split(_columns(self.x)):
+            self.place(part, self.x @ part.rows.T)
+
+    def place(self, tile: Tile, scores: Tensor) -> None:
+        """The same of a tile whose scores (b, t) with the block are known."""
+        queries, columns = _places_of(self._may_count(scores))
+        other = self.classes[queries] != tile.classes[columns]
+        queries, columns = queries[other], columns[other]
+        found = scores[queries, columns]
+        pairs = _Pairs(queries, columns, found, self._better(queries, found + self.error))
+        self._place(tile, pairs.pick(pairs.before < self.active[queries]))
+        if len(queries) >= len(self.x):
+            self._bound(self.counts.cumsum(1))
 
     def _may_count(self, scores: Tensor) -> Tensor:
         """Which scores of a table (b, t) may come before one of the best that counts.
@@ -300,7 +331,7 @@ class _Block:
             open_pairs = pairs.pick(left)
             width = self._better(open_pairs.queries, open_pairs.scores - self.error, equal=True) - open_pairs.before
             ends = width.cumsum(0)
-            if _OPEN_SHARE * int(ends[-1]) > len(self.x) * len(tile.rows):
+            if self.x.shape[1] * int(ends[-1]) > _OPEN_DIMS * len(self.x) * len(tile.rows):
                 for part in tile.split(max(1, _EXACT_TABLE // len(self.x))):
                     self._place_exactly(part)
                 return
@@ -329,7 +360,7 @@ class _Block:
         known, place = members.unique(return_inverse=True)
         own = pair_dots(self.x, self.gallery.rows(known.cpu()), (pairs.queries[of_pair], place))
         other = pair_dots(self.x, tile.rows, (pairs.queries, pairs.columns))[of_pair]
-        before = (own > other) | ((own == other) & (members < (pairs.columns + tile.first)[of_pair]))
+        before = (own > other) | ((own == other) & (members < tile.places[pairs.columns][of_pair]))
         return torch.zeros_like(width).index_add_(0, of_pair, before.long())
 
     def _place_exactly(self, tile: Tile) -> None:
@@ -341,8 +372,7 @@ class _Block:
         tied = own.gather(1, before.clamp(max=own.shape[1] - 1)) == scores
         # Where scores are equal, places decide: one key of where the equal ones begin, and place
         keys = torch.searchsorted(own, own) * size + members
-        columns = torch.arange(tile.first, tile.first + len(tile.rows), device=self.device)
-        before = torch.where(tied, torch.searchsorted(keys, before * size + columns), before)
+        before = torch.where(tied, torch.searchsorted(keys, before * size + tile.places), before)
         counting = (before < self.active[:, None]) & (self.classes[:, None] != tile.classes)
         queries, columns = counting.nonzero().unbind(1)
         self._count(queries, before[queries, columns])
@@ -375,8 +405,16 @@ class _Block:
         return torch.stack([r_precision, precisions.sum(1) // self.sizes, first.long() * UNIT], 1)
 
 
+def _columns(x: Tensor) -> int:
+    """How many rows the rows of a block (b, D) are compared with at a time."""
+    return max(1, (_GPU_TABLE if x.is_cuda else _TABLE) // len(x))
+
+
 def _places_of(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns that are true, (s,) each."""
+    """Rows and columns that are true, (s,) each; of a transposed table by columns, which spares a copy."""
+    if not mask.is_contiguous() and mask.T.is_contiguous():
+        columns, rows = _places_of(mask.T)
+        return rows, columns
     if mask.device.type != "cpu":
         return mask.nonzero().unbind(1)  # type: ignore[return-value]
     places = torch.from_numpy(np.flatnonzero(mask.numpy()))  # seven times as fast where few are

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from grappa_dist import class_ranks
 from grappa_dist.class_ranks import UNIT, Gallery, score_queries, unit_on_grid
@@ -75,9 +76,9 @@ def test_metrics_are_those_of_sorted_exact_scores_for_any_tiles_blocks_and_ranks
     [
         {"_SMALL_CLASS": 1},  # every class by itself
         {"_SMALL_CLASS": 1, "_READ": 2},  # and in several pieces
-        {"_OPEN_SHARE": 10**9},  # whatever float32 leaves open, by exact products of the whole table
-        {"_OPEN_SHARE": 0},  # and pair by pair
-        {"_OPEN_SHARE": 0, "_OPEN_AT_ONCE": 3},
+        {"_OPEN_DIMS": 0},  # whatever float32 leaves open, by exact products of the whole table
+        {"_OPEN_DIMS": 10**9},  # and pair by pair
+        {"_OPEN_DIMS": 10**9, "_OPEN_AT_ONCE": 3},
         {"_SAMPLE_SHARE": 3, "_LEAST_SAMPLE": 1},
         {"_MANY": 1},  # every table bounds itself
         {"_MANY": 10**9},  # none does
@@ -108,6 +109,18 @@ def test_of_large_classes_few_more_pairs_than_the_best_of_a_table_are_placed(mon
     monkeypatch.setattr(class_ranks._Block, "_better", note)
     scored(x, torch.arange(1000) % 10)  # features say nothing of the class
     assert sum(placed) < 1.1 * 1000 * 100  # of 1000 * 900 pairs of two classes
+
+
+def test_a_product_of_two_queries_of_small_classes_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    num, dim = 400, 16
+    x = unit_on_grid(torch.randn(num, dim, generator=torch.Generator().manual_seed(0)))
+    with FlopCounterMode(display=False) as once:
+        scored(x, torch.arange(num) // 2, block_rows=20)
+    monkeypatch.setattr(class_ranks, "_SMALL_CLASS", 0)
+    with FlopCounterMode(display=False) as twice:
+        scored(x, torch.arange(num) // 2, block_rows=20)
+    assert twice.get_total_flops() > 2 * num * num * dim
+    assert once.get_total_flops() < 0.6 * twice.get_total_flops()  # half, each block with itself, and the own class
 
 
 def test_one_class_of_all_rows_is_perfect_and_a_query_alone_when_it_needs_much_memory(

@@ -59,7 +59,7 @@ def test_features_that_have_collapsed_are_scored_by_one_product(monkeypatch: pyt
         raise AssertionError("scored pair by pair")
 
     monkeypatch.setattr("grappa_dist.class_ranks.pair_dots", refuse)
-    z = torch.ones(300, 16) + 1e-6 * features(300, 16)
+    z = torch.ones(300, 256) + 1e-6 * features(300, 256)
     labels = random_labels(300, 100)
     assert retrieval_scores(z, labels) == pytest.approx(baseline(z, labels), abs=1e-11)
 
