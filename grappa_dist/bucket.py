@@ -113,6 +113,14 @@ def here(path: Path) -> Path:
     return path
 
 
+def fetched_anew(path: Path) -> bool:
+    """Fetches a file that is not what was written, since the answer may have been wrong; False for one of no bucket."""
+    bucket = bucket_of(path)
+    if bucket is not None:
+        bucket.fetch(path, anew=True)
+    return bucket is not None
+
+
 def refreshed(path: Path) -> Path:
     """The path of a file that changes in place, as the bucket has it now; without one there, none is here."""
     bucket = bucket_of(path)
@@ -232,8 +240,11 @@ class Bucket:
         """When an object was written, by the clock of the store: a datetime."""
         return self._call(f"{name} looked at", lambda fs, path: fs.modified(f"{path}/{name}"))
 
-    def fetch(self, path: Path) -> None:
+    def fetch(self, path: Path, *, anew: bool = False) -> None:
         """Fetches a file unless another process has meanwhile; it appears by one rename.
+
+        Args:
+            anew: whether one that is here is replaced, if the bucket has it.
 
         Raises:
             ValueError: its name leads out of its folder.
@@ -241,7 +252,7 @@ class Bucket:
         if ".." in path.parts:
             raise ValueError(f"out={self.url}: names {path.relative_to(self.root)}, outside of its folder")
         with self.fetching(path):
-            if path.exists():
+            if path.exists() and not anew:
                 return
             name = self.name_of(path)
             # Not beside it: a folder without a manifest would be taken for a damaged artefact

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from grappa_dist.bucket import bucket_of, here, move, used
+from grappa_dist.bucket import bucket_of, fetched_anew, here, move, used
 from grappa_dist.files import Sum, map_array, parse_json, read_bytes, read_json, recorded, rename_to_free
 
 MANIFEST = "manifest.json"
@@ -85,7 +85,12 @@ def read_manifest(text: bytes, where: Path | str, folder: str | None = None) -> 
 def manifest_in(folder: str) -> Mapping[str, Sum]:
     path = Path(folder) / MANIFEST
     try:
-        return read_manifest(read_bytes(here(path)), path, path.parent.name)
+        try:
+            return read_manifest(read_bytes(here(path)), path, path.parent.name)
+        except ValueError:
+            if not fetched_anew(path):
+                raise
+            return read_manifest(read_bytes(path), path, path.parent.name)
     except FileNotFoundError:
         if not os.path.isdir(folder):
             raise
@@ -117,7 +122,10 @@ def verified(path: Path) -> Path:
         if state is not None and not home.name.endswith(_UNFINISHED):
             raise DamagedArtifact(str(path), str(home), f"is not listed in {MANIFEST}")
         return path
-    if why := compare(path, expected):
+    why = compare(path, expected)
+    if why and not home.name.endswith(_UNFINISHED) and fetched_anew(path):
+        why = compare(path, expected)
+    if why:
         raise DamagedArtifact(str(path), str(home), why)
     _verified[str(path)] = state or (0, 0, 0)
     return path

@@ -25,7 +25,7 @@ from grappa_dist.yaml_text import describe, parse
 
 MOST_BYTES = 2**20  # of a config
 _PATH_SETTINGS = (
-    ("", "out", "mirror"),
+    ("", "out"),
     ("data", "train", "test", "shards_dir", "exclude"),
     ("backbone", "checkpoint"),
     ("resources", "cache_dir"),
@@ -356,7 +356,6 @@ class Resources(Section):
 class Config(Section):
     name: str  # title of the report, name of the default run directory
     out: PathText | None = None  # the run directory, or s3://<bucket>/<prefix>, gs://<...>; null: `runs/<name>`
-    mirror: Annotated[PathText, Field(pattern="^(s3|gs)://")] | None = None  # a store of artefacts and checkpoints
     seed: Annotated[int, Field(ge=0)] = 0  # of k-means, initial weights, order, augmentation, neighbours, samples
     notes: tuple[str, ...] = ()  # shown in the report, e.g. what the backbone was trained with
     data: DataConfig
@@ -367,6 +366,19 @@ class Config(Section):
     fuse: FuseConfig = FuseConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     resources: Resources = Resources()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_mirror(cls, tree: Any) -> Any:
+        """Earlier versions had the setting `mirror`, null in most of the settings that they wrote."""
+        if not isinstance(tree, dict) or "mirror" not in tree:
+            return tree
+        if tree["mirror"] is not None:
+            raise ValueError(
+                f"mirror={tree['mirror']!r}: there is no such setting any more, expected null; "
+                "out: s3://<bucket>/<prefix> or gs://<...> keeps the run itself in a bucket"
+            )
+        return {key: value for key, value in tree.items() if key != "mirror"}
 
     @model_validator(mode="after")
     def _export_exists(self) -> Config:
@@ -521,8 +533,6 @@ def _describe(problem: Mapping[str, Any]) -> str:
         return f"unknown key {where}{hint}"
     if problem["type"] == "missing":
         return f"{where} is missing"
-    if where == "mirror" and problem["type"] != "path":
-        return f"{where}={problem['input']!r}: must be s3://<bucket>/<prefix> or gs://<bucket>/<prefix>"
     if problem["type"] == "literal_error":
         known = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         return f"{where}={problem['input']!r}: {problem['msg']}{suggestion(str(problem['input']), known)}"

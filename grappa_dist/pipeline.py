@@ -55,7 +55,6 @@ from grappa_dist.stages.exclude import exclude, excluded_rows, turns_of
 from grappa_dist.stages.flow import Flow, artifacts_of
 from grappa_dist.stages.fuse import describe_unfused, fuse, least_bytes
 from grappa_dist.stages.gallery_weights import weigh_galleries
-from grappa_dist.stages.mirror import Mirror, mirrored
 from grappa_dist.stages.partitions import partition_statistics
 from grappa_dist.stages.precision import record, settle, settled
 from grappa_dist.stages.pseudo_label import pseudo_label
@@ -141,25 +140,24 @@ def _flow(context: Run, mending: Mending, until: str | None, *, trained_on: bool
     checks = checks_of(config, store, flow)
     if context.files is not None:
         context.files.send()  # the indexes of shards, which workers read
-    with mirrored(config.mirror, flow, mending):
-        if flow.needs_backbone(until):
-            tried = _tried(config, store, log=console.log)
-            note_module(store.root / "index", config.backbone)
-            for warning in tried.warnings:
-                console.log(f"warning: {warning}")
-            checks = replace(checks, backbone=partial(describe_difference, config.backbone, tried.weights))
-        context.runner.require(checks)
-        console.log(_describe_run(flow, has_test=config.has_test))
-        _log_any(console, describe_unfused(config.fuse, len(flow.labels)))
-        if until is None:
-            _log_any(console, _expect(context, flow))
-        record(context)
-        for stage in _stages(context, flow):
-            if stage == until:
-                _log_any(console, describe_bad_images(flow))
-                console.event("ended_early", until=until)
-                return None
-        return _finish(context, flow, trained_on=trained_on)
+    if flow.needs_backbone(until):
+        tried = _tried(config, store, log=console.log)
+        note_module(store.root / "index", config.backbone)
+        for warning in tried.warnings:
+            console.log(f"warning: {warning}")
+        checks = replace(checks, backbone=partial(describe_difference, config.backbone, tried.weights))
+    context.runner.require(checks)
+    console.log(_describe_run(flow, has_test=config.has_test))
+    _log_any(console, describe_unfused(config.fuse, len(flow.labels)))
+    if until is None:
+        _log_any(console, _expect(context, flow))
+    record(context)
+    for stage in _stages(context, flow):
+        if stage == until:
+            _log_any(console, describe_bad_images(flow))
+            console.event("ended_early", until=until)
+            return None
+    return _finish(context, flow, trained_on=trained_on)
 
 
 def _finish(context: Run, flow: Flow, *, trained_on: bool) -> Finished:
@@ -299,7 +297,7 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
 
     Raises:
         ValueError: artefacts are damaged, with their files; a node cannot take part; the backbone cannot be built; its
-            weights are not available and still needed; or the mirror cannot be read.
+            weights are not available and still needed.
     """
     _check_settings(config, Store(root))
     store, whole, finished = Store(root), "0 artefacts there and whole", False
@@ -331,8 +329,6 @@ def check(config: Config, root: Path, *, deep: bool = False) -> str:
 def _check_settings(config: Config, store: Store) -> None:
     """Raises what a run would, where what the settings name cannot be built, called or read."""
     build_backbone(config.backbone, pretrained=False)
-    if config.mirror is not None:
-        Mirror(config.mirror)
     if not is_generated(config.data, store):
         generator_of(config.data)
 

@@ -17,7 +17,7 @@ import torch
 
 from grappa_dist.artifacts import Artifact, Store, finished
 from grappa_dist.config import AUTO, SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
-from grappa_dist.console import format_bytes, format_number, one_line, pluralize
+from grappa_dist.console import format_bytes, format_number, pluralize
 from grappa_dist.data.open_images import ROWS_PER_SHARD as GENERATED_PER_SHARD
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
 from grappa_dist.distributed.placement import (
@@ -54,7 +54,6 @@ from grappa_dist.stages.embed import ROWS_FILE
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import describe_unfused, projector_bytes
 from grappa_dist.stages.knn_graph import graph_kind
-from grappa_dist.stages.mirror import Mirror
 from grappa_dist.stages.pseudo_label import describe_choices, num_labels
 from grappa_dist.stages.run import place_of
 from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheaper, whole_cost
@@ -260,7 +259,7 @@ def _describe_backbone(config: BackboneConfig, model: Backbone | None, width: in
 
 
 def _look_ahead(config: Config) -> Iterator[str]:
-    """What a run would find of weights and mirror. Loads the weights of a timm model from a file, to see that they fit.
+    """What a run would find of weights. Loads the weights of a timm model from a file, to see that they fit.
 
     Raises:
         ValueError: the checkpoint cannot be used.
@@ -268,12 +267,6 @@ def _look_ahead(config: Config) -> Iterator[str]:
     yield from (f"warning: {remark}" for remark in check_checkpoint(config.backbone))
     if config.backbone.checkpoint is None and not check_weights(config.backbone.name, download=False):
         yield f"{'':<14} its weights are not in the local cache: a run downloads them"
-    if config.mirror is not None:
-        try:
-            there = Mirror(config.mirror).complete
-            yield f"mirror         {config.mirror}: {pluralize(len(there), 'artefact')}, fetched where missing here"
-        except (ValueError, OSError) as error:  # this machine may not be the one of the run
-            yield f"warning: the mirror cannot be read from here: {one_line(error)}"
 
 
 def _known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | None:

@@ -16,6 +16,7 @@ from grappa_dist.bucket import bucket_of, folder_of, here, marked, refreshed, re
 from grappa_dist.checksums import DamagedArtifact, forget, set_aside, verified
 from grappa_dist.files import Sum, record
 from tests.conftest import Bucket
+from tests.test_artifacts import flip
 
 
 def root_on(bucket: Bucket, machine: Path) -> Path:
@@ -135,13 +136,13 @@ def test_files_of_other_machines_are_committed_without_being_read_here(bucket: B
     assert not [name for name in bucket.names() if ".partial" in name]
 
 
-@pytest.mark.parametrize("damage", ["content", "short", "missing"])
+@pytest.mark.parametrize("damage", ["content", "short", "missing", "manifest"])
 def test_a_damaged_object_is_found_set_aside_in_the_bucket_and_made_anew(
     bucket: Bucket, tmp_path: Path, damage: str
 ) -> None:
     bucket.allow_writing()
     made = artifact_on(bucket, tmp_path / "a")
-    key = f"runs/x/{made.name}/rows-0.npy"
+    key = f"runs/x/{made.name}/{'manifest.json' if damage == 'manifest' else 'rows-0.npy'}"
     if damage == "missing":
         bucket.client.delete_object(Bucket=bucket.name, Key=key)
     else:
@@ -158,6 +159,16 @@ def test_a_damaged_object_is_found_set_aside_in_the_bucket_and_made_anew(
     artifact_on(bucket, tmp_path / "b").check(None)
     forget()
     made.check(None)  # the first machine does not go on with what was set aside
+
+
+def test_what_was_damaged_on_one_machine_is_fetched_from_the_bucket(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
+    made = artifact_on(bucket, tmp_path / "a")
+    for name in ("rows-0.npy", "manifest.json"):
+        flip(made.path / name)
+        forget()
+        made.check(None)
+    assert verified(made.path / "rows-0.npy").read_bytes() == b"x" * 1000
 
 
 def test_a_file_that_changes_in_place_is_what_the_bucket_has(bucket: Bucket, tmp_path: Path) -> None:

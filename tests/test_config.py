@@ -113,7 +113,10 @@ WRONG = [
     ("backbone.resize=stretch", "backbone.resize='stretch': Input should be 'crop' or 'squash'"),
     ("backbone.mean=[0.5]", "backbone.mean.1 is missing"),
     ("resources.workers=many", "resources.workers='many': Input should be 'auto'"),
-    ("mirror=/mnt/runs", "mirror='/mnt/runs': must be s3://<bucket>/<prefix> or gs://<bucket>/<prefix>"),
+    (
+        "mirror=s3://b/runs",
+        "mirror='s3://b/runs': there is no such setting any more, expected null; out: s3://<bucket>/",
+    ),
     ("resources.cache_bytes=-1", "resources.cache_bytes=-1: Input should be greater than or equal to 0"),
     ("resources.requests_in_flight=0", "resources.requests_in_flight=0: Input should be greater than or equal to 1"),
     ("seed=-1", "seed=-1: Input should be greater than or equal to 0"),
@@ -294,14 +297,19 @@ def test_home_folders_and_variables_are_expanded_in_every_path(
             load(minimal, [f"{key}={text}"])
 
 
-def test_a_variable_may_hold_the_mirror_and_the_rule_for_mirrors_holds_for_its_value(
-    minimal: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_variable_may_hold_the_bucket_of_a_run(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUCKET", "s3://bucket")
-    assert load(minimal, ["mirror=$BUCKET/x"]).mirror == "s3://bucket/x"
-    monkeypatch.setenv("BUCKET", "/disk")
-    with pytest.raises(ValueError, match="must be s3://<bucket>"):
-        load(minimal, ["mirror=$BUCKET/x"])
+    assert load(minimal, ["out=$BUCKET/x"]).out == "s3://bucket/x"
+
+
+def test_settings_of_a_run_from_when_there_was_a_mirror_are_read(minimal: Path) -> None:
+    before = load(minimal)
+    minimal.write_text(minimal.read_text() + "\nmirror: null\n")
+    assert load(minimal) == before
+    minimal.write_text(minimal.read_text().replace("mirror: null", "mirror: s3://b/runs"))
+    assert load(minimal, ["mirror=null"]) == before
+    with pytest.raises(ValueError, match=r"^mirror='s3://b/runs': .*out: s3://<bucket>/<prefix>"):
+        load(minimal)
 
 
 def test_a_dollar_sign_in_a_path_survives_the_yaml_of_the_config(minimal: Path) -> None:
@@ -363,9 +371,9 @@ def test_aliases_within_reason_are_read(tmp_path: Path) -> None:
         "data.train=[https://user:planted-secret@host/x.tar]",
         "data.train=['s3://AKIA:planted/secret@bucket']",
         "data.test='https://host/x.tar?X-Amz-Signature=planted-secret'",
-        "mirror=s3://AKIA:planted-secret@bucket/x",
-        "mirror=https://user:planted-secret@host",
         "out=s3://AKIA:planted-secret@bucket/x",
+        "out=https://user:planted-secret@host",
+        "mirror=s3://AKIA:planted-secret@bucket/x",
         "backbone.kwargs={url: 'https://user:planted-secret@host'}",
         "backbone.kwargs.api_token=planted-secret",
         "data.collection_kwargs={deep: [{password: planted-secret}]}",

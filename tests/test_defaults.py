@@ -225,8 +225,8 @@ def test_workers_fit_the_machine_on_which_a_run_goes_on(tmp_path: Path, monkeypa
 
 
 def test_settings_of_python_become_those_of_the_command() -> None:
-    given = {"adapt.epochs": 5, "fuse": {"variants": ("average",)}, "out": Path("/x"), "mirror": None}
-    expected = ["adapt.epochs=5", 'fuse.variants=["average"]', 'out="/x"', "mirror=null"]
+    given = {"adapt.epochs": 5, "fuse": {"variants": ("average",)}, "out": Path("/x"), "data.shards_dir": None}
+    expected = ["adapt.epochs=5", 'fuse.variants=["average"]', 'out="/x"', "data.shards_dir=null"]
     assert as_overrides(given) == expected
     for value in (object(), [object()]):
         with pytest.raises(

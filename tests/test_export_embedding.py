@@ -214,7 +214,7 @@ def test_what_was_embedded_of_dirty_images_is_reused_with_the_share_that_the_mes
         ("data.train=[elsewhere]", "data.train: is no setting"),
         ("resources={workers: 2}", "resources: is no setting"),
         ("resources.adapt_ranks=2", "expected one of data.max_bad_share, embed.batch_size, "),
-        ("mirror=s3://a/b", "mirror: is no setting"),
+        ("out=s3://a/b", "out: is no setting"),
         ("embed.batch_sise=2", "unknown key embed.batch_sise; did you mean 'batch_size'?"),
     ],
 )

@@ -179,7 +179,7 @@ def test_rows_to_compare_with_rename_nothing_else(tmp_path: Path, shards: list[s
     assert plain.supervision is None
     assert more.supervision is not None
     assert list(more.supervision.trained) == ["supervised-set", "supervised"]
-    assert {a for a in more.supervision if a is not None} <= set(artifacts_of(more))  # copied to a mirror as well
+    assert {a for a in more.supervision if a is not None} <= set(artifacts_of(more))
 
 
 def test_artefacts_have_the_names_that_they_had_before_there_were_rows_to_compare_with() -> None:

@@ -82,19 +82,10 @@ def test_a_check_refuses_an_image_size_before_any_worker_starts(
         pipeline.check(tiny.config(shards, backbone=backbone), tmp_path)
 
 
-def test_a_check_refuses_a_missing_function_and_an_unreachable_mirror_as_a_run_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: list[str]
-) -> None:
+def test_a_check_refuses_a_missing_function_as_a_run_does(tmp_path: Path) -> None:
     nothing = {"train": (), "collection": "tests.data.test_open_images:nothing"}
     with pytest.raises(ValueError, match=r"the module tests\.data\.test_open_images has no 'nothing'"):
         pipeline.check(tiny.config([], data=nothing), tmp_path)
-
-    def unreachable(url: str) -> None:
-        raise ValueError(f"{url}: listed: no route")
-
-    monkeypatch.setattr(pipeline, "Mirror", unreachable)
-    with pytest.raises(ValueError, match="s3://b/p: listed: no route"):
-        pipeline.check(tiny.config(shards).model_copy(update={"mirror": "s3://b/p"}), tmp_path)
 
 
 def test_a_check_refuses_weights_of_another_model_before_any_worker_starts(

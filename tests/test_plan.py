@@ -343,18 +343,6 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_by_the_plan(name: str, tmp_
         )
 
 
-def test_a_plan_says_where_a_mirror_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without refusing to plan: the machine of the run may reach it."""
-
-    def unreachable(url: str) -> None:
-        raise ValueError(f"{url}: listed: no route")
-
-    monkeypatch.setattr("grappa_dist.plan.Mirror", unreachable)
-    settings = tiny.config(tiny.write_shards(tmp_path / "images")).model_copy(update={"mirror": "s3://b/p"})
-    text = plan(settings, tmp_path / "run")
-    assert "\nwarning: the mirror cannot be read from here: s3://b/p: listed: no route\n" in text
-
-
 @pytest.mark.parametrize(
     ("collection", "words"),
     [

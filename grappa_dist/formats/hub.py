@@ -51,7 +51,7 @@ def facts_of(source: Path, config: Mapping[str, Any], about: Mapping[str, Any], 
     from grappa_dist.stages.run import read_config
 
     settings = read_config(source)
-    private = {"data": ..., "resources": ..., "out": ..., "mirror": ..., "backbone": {"checkpoint"}}
+    private = {"data": ..., "resources": ..., "out": ..., "backbone": {"checkpoint"}}
     shown = settings.model_dump(mode="json", exclude_defaults=True, exclude=private)  # type: ignore[arg-type]
     name, path = config["variant"], source / "report" / "metrics.json"
     metrics = read_json(path) if path.is_file() else {}

@@ -58,7 +58,9 @@ def report_of(store: Store, config: Config, inputs: Mapping[str, Artifact], dama
 
 
 def _as_before(settings: str) -> str:
-    """The settings with the numbers that were the defaults before `auto`, so that reports keep their names."""
+    """The settings as earlier versions wrote them, with `mirror` and numbers in place of `auto`, so that reports keep
+    their names."""
+    settings = settings.replace("\nseed: ", "\nmirror: null\nseed: ", 1)
     settings = settings.replace("\n  centroid_shards: auto\n", "\n")  # a later one
     return settings.replace("\n  cpus_per_worker: auto\n", "\n  cpus_per_worker: 1\n").replace(
         "\n  decode_threads: auto\n", "\n  decode_threads: 2\n"

@@ -24,7 +24,7 @@ class Damage:
     artifact: str  # its name
     file: str  # in its folder
     why: str  # what follows the file in a sentence
-    aside: str  # where it lies now, in the run directory or on the mirror
+    aside: str  # where it lies now, in the run directory
 
     def __str__(self) -> str:
         return f"{self.artifact}: {self.file} {self.why}; kept as {self.aside}"
@@ -109,14 +109,11 @@ class Mending:
             ) from damage
         self.names.add(name)
         file = Path(damage.path).relative_to(folder).as_posix()
-        self.add(Damage(name, file, damage.why, set_aside(folder).relative_to(root).as_posix()))
-
-    def add(self, damage: Damage) -> None:
-        """Records what has been set aside."""
-        self.damages.append(damage)
-        self.run.console.log(f"damaged: {damage}; it is made anew")
-        events = Events(self.run.store.root / DAMAGES_FILE)
-        events("damaged", **vars(damage))
+        found = Damage(name, file, damage.why, set_aside(folder).relative_to(root).as_posix())
+        self.damages.append(found)
+        self.run.console.log(f"damaged: {found}; it is made anew")
+        events = Events(root / DAMAGES_FILE)
+        events("damaged", **vars(found))
         events.close()
 
     def look_again(self, error: NotSeen) -> None:

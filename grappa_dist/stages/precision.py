@@ -1,16 +1,16 @@
 """The precision of a run: `backbone.precision=auto` settles once for a run directory, and is fp32 or bf16 from then on.
 
-It settles as the features that are there were computed, in the run directory or else on its mirror; where there are
-none, as bf16 if the workers have GPUs. A CPU that is fast in bfloat16 does not decide: a run on CPUs would have other
-results on another CPU. So a directory that is begun on GPUs goes on in bf16 on CPUs, and the other way round.
+It settles as the features that are there were computed; where there are none, as bf16 if the workers have GPUs. A CPU
+that is fast in bfloat16 does not decide: a run on CPUs would have other results on another CPU. So a directory that is
+begun on GPUs goes on in bf16 on CPUs, and the other way round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import replace
 
 from grappa_dist.artifacts import Store
+from grappa_dist.bucket import here
 from grappa_dist.config import BACKBONE, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.placement import may_have_gpus
@@ -18,7 +18,6 @@ from grappa_dist.files import make_folder, read_json, write_json
 from grappa_dist.models.precision import Precision
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.embed import features_of
-from grappa_dist.stages.mirror import Mirror
 from grappa_dist.stages.run import Run
 
 PRECISION_FILE = "precision.json"  # in the index folder of a run
@@ -31,15 +30,12 @@ def settled(config: Config, store: Store, train: ImageShards) -> Config:
 
 
 def settle(run: Run, train: ImageShards) -> Run:
-    """The same for a run, by its mirror or its workers where nothing is there; `record` keeps what is found."""
+    """The same for a run, by its workers where nothing is there; `record` keeps what is found."""
     config, store = run.config, run.store
     why, found = "as asked for", _asked(config)
     if found is None:
         why, found = "as the run directory began", _recorded(store)
         found = found or _of_features(config, store, train)
-    if found is None and config.mirror is not None:
-        there = Mirror(config.mirror).complete
-        why, found = "as the features on the mirror", _of_features(config, store, train, there)
     if found is None:
         gpus = run.runner.has_gpus()
         why, found = ("the workers have GPUs", "bf16") if gpus else ("the workers have no GPUs", "fp32")
@@ -67,27 +63,20 @@ def _asked(config: Config) -> Precision | None:
 
 def _recorded(store: Store) -> Precision | None:
     try:
-        found = read_json(store.root / "index" / PRECISION_FILE)["precision"]
+        found = read_json(here(store.root / "index" / PRECISION_FILE))["precision"]
     except (OSError, ValueError, LookupError, TypeError):  # none, or damaged: then the features tell
         return None
     return "bf16" if found == "bf16" else "fp32"
 
 
-def _of_features(
-    config: Config, store: Store, train: ImageShards, names: Container[str] | None = None
-) -> Precision | None:
-    """The precision of the features that are there; None: there are none.
-
-    Args:
-        names: of what is there; None: what the run directory has.
-    """
-    if names is None and not any((store.root / "features" / BACKBONE).glob("*")):
+def _of_features(config: Config, store: Store, train: ImageShards) -> Precision | None:
+    """The precision of the features that are there; None: there are none."""
+    if not any((store.root / "features" / BACKBONE).glob("*")):
         return None  # of many shards, names alone take seconds
     kinds: tuple[Precision, ...] = ("fp32", "bf16")
     for precision in kinds:
         spec = ModelSpec(BACKBONE, _in(config, precision).backbone)
-        features = features_of(store, spec, config.embed, train)
-        if any(a.complete if names is None else a.name in names for a in features):
+        if any(artifact.complete for artifact in features_of(store, spec, config.embed, train)):
             return precision
     return None
 

@@ -92,7 +92,7 @@ def test_a_checkout_has_its_commit_and_says_if_it_was_modified(tmp_path: Path) -
 
 def test_the_command_can_be_typed_again_and_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORE_PASSWORD", "planted-secret-1 x")
-    words = ["run", "my photos", "--out", "runs/mine", "mirror=s3://me:planted@host/x", "name=planted-secret-1 x"]
+    words = ["run", "my photos", "--out", "runs/mine", "out=s3://me:planted@host/x", "name=planted-secret-1 x"]
     shown = command_line(["/home/me/.venv/bin/grappa-dist", *words])
     assert shown.startswith("grappa-dist run 'my photos' --out runs/mine ")
     assert "planted" not in shown

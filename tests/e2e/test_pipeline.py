@@ -173,7 +173,7 @@ def test_sigterm_saves_state_and_the_next_run_goes_on(finished: Path, tmp_path: 
         ("adapt.epoch=3", "did you mean 'epochs'"),
         ("clustering.num_labels=[100000]", "clustering.num_labels=100000"),
         ("backbone.name=nowhere:create", "nowhere"),
-        (f"mirror=s3://AKIA:{runs.PLANTED}x@bucket/x", "mirror: holds a credential"),
+        (f"out=s3://AKIA:{runs.PLANTED}x@bucket/x", "out: holds a credential"),
         pytest.param("resources.workers=64", "64", marks=pytest.mark.slow),
     ],
 )

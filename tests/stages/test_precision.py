@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,9 +23,9 @@ from tests.test_layout_names import made_up_shards
 TRAIN = made_up_shards("train", 6, 3)
 
 
-def config(asked: str = "auto", mirror: str | None = None) -> Config:
+def config(asked: str = "auto") -> Config:
     tree: dict[str, Any] = {"name": "a", "data": {"train": ["none"]}, "backbone": {"name": "timm:vit_tiny_patch16_224"}}
-    return read({**tree, "mirror": mirror}, [f"backbone.precision={asked}"])
+    return read(tree, [f"backbone.precision={asked}"])
 
 
 def run_in(root: Path, of: Config, gpus: bool = False, log: Callable[[str], None] = lambda line: None) -> Run:
@@ -83,19 +82,6 @@ def test_what_is_asked_for_holds_and_is_what_auto_goes_on_with(tmp_path: Path) -
     assert asked.config.backbone.computes_in == "fp32"
     record(asked)
     assert settle(run_in(tmp_path, config(), gpus=True), TRAIN).config.backbone.computes_in == "fp32"
-
-
-def test_a_new_machine_goes_on_as_the_mirror_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass
-    class Mirror:
-        url: str
-
-        @property
-        def complete(self) -> set[str]:
-            return {features(tmp_path, config("bf16"))[0].name}
-
-    monkeypatch.setattr(precision, "Mirror", Mirror)
-    assert settle(run_in(tmp_path, config(mirror="s3://a/b")), TRAIN).config.backbone.computes_in == "bf16"
 
 
 def test_a_damaged_record_is_passed_over(tmp_path: Path) -> None:
