@@ -57,7 +57,7 @@ from grappa_dist.stages.fuse import describe_unfused, fuse, least_bytes
 from grappa_dist.stages.gallery_weights import weigh_galleries
 from grappa_dist.stages.partitions import partition_statistics
 from grappa_dist.stages.precision import record, settle, settled
-from grappa_dist.stages.pseudo_label import pseudo_label
+from grappa_dist.stages.pseudo_label import check_slices, pseudo_label
 from grappa_dist.stages.run import Run, keeping_config, refuse_seeds, running
 from grappa_dist.stages.supervised import adapt_supervised, fuse_supervised, name_classes, read_true_labels
 from grappa_dist.verdict import TaskQueries, Verdict, verdict_on
@@ -119,6 +119,7 @@ def run_in(context: Run, until: str | None = None) -> Finished | None:
     if inputs.missing:  # making shards takes long, and a wrong name or missing weights would end the run after it
         check_name(backbone.name, backbone.kwargs)
         check_ready(backbone)
+        check_slices(context.config.resources)
     context = replace(context, config=inputs.make(console.log, console), given=context.config)
     mending = Mending(context)
     trained_on = not set(data.train).isdisjoint(data.test)  # as given: their shards have other names
@@ -270,7 +271,12 @@ def _describe_run(flow: Flow, *, has_test: bool) -> str:
 
 
 def checks_of(config: Config, store: Store, flow: Flow) -> Checks:
-    """What every node must pass before the first stage that needs workers."""
+    """What every node must pass before the first stage that needs workers.
+
+    Raises:
+        ValueError: more slices of the centroids are asked for than there can be ranks.
+    """
+    check_slices(config.resources, flow.labels.values(), len(flow.train.shards))
     fuses = not all(artifact.complete for artifact in flow.on_pairs.values())
     need = least_bytes(config.fuse, known_workers(config.resources)) if fuses else 0
     read, bf16 = partial(read_a_little, ends_of(flow.train, flow.test)), config.backbone.computes_in == "bf16"
@@ -331,6 +337,7 @@ def _check_settings(config: Config, store: Store) -> None:
     build_backbone(config.backbone, pretrained=False)
     if not is_generated(config.data, store):
         generator_of(config.data)
+        check_slices(config.resources)
 
 
 def _check_images(flow: Flow) -> str:

@@ -54,7 +54,7 @@ from grappa_dist.stages.embed import ROWS_FILE
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import describe_unfused, projector_bytes
 from grappa_dist.stages.knn_graph import graph_kind
-from grappa_dist.stages.pseudo_label import describe_choices, num_labels
+from grappa_dist.stages.pseudo_label import check_slices, describe_choices, num_labels
 from grappa_dist.stages.run import place_of
 from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheaper, whole_cost
 from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
@@ -117,6 +117,7 @@ def _table(config: Config, root: Path, *, measured: bool) -> str:
     config = _to_be(inputs)
     images = _images(config, Store(root), inputs, lines)
     sizes, flow = images.sizes, images.flow
+    check_slices(config.resources, flow.labels.values() if flow else None, len(flow.train.shards) if flow else None)
     ks = num_labels(config.clustering, sizes["train"])
     rates = stored_rates(root, config, len(ks))
     built = build_backbone(config.backbone, pretrained=False) if measured and rates is None else None

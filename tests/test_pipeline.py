@@ -82,6 +82,23 @@ def test_a_check_refuses_an_image_size_before_any_worker_starts(
         pipeline.check(tiny.config(shards, backbone=backbone), tmp_path)
 
 
+def test_slices_of_centroids_that_no_ranks_can_hold_are_refused_before_any_work(
+    tmp_path: Path, shards: list[str]
+) -> None:
+    settings = tiny.config(shards, resources={"centroid_shards": len(shards) + 1, "workers": 9, "gpus_per_worker": 0})
+    here, words = (
+        tiny.Here(),
+        rf"centroid_shards={len(shards) + 1} is more than the {len(shards)} ranks of pseudo_label",
+    )
+    with pytest.raises(ValueError, match=words):
+        plan(settings, tmp_path)
+    with pytest.raises(ValueError, match=words):
+        pipeline.check(settings, tmp_path)
+    with pytest.raises(ValueError, match=words):
+        pipeline.run_in(tiny.run_in(settings, tmp_path, here))
+    assert here.asked == []
+
+
 def test_a_check_refuses_a_missing_function_as_a_run_does(tmp_path: Path) -> None:
     nothing = {"train": (), "collection": "tests.data.test_open_images:nothing"}
     with pytest.raises(ValueError, match=r"the module tests\.data\.test_open_images has no 'nothing'"):

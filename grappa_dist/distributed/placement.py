@@ -85,6 +85,11 @@ def may_have_gpus(where: Resources) -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or torch.cuda.is_available()
 
 
+def has_gpus(where: Resources) -> bool:
+    """Whether it is known that workers will have GPUs; False also where only a remote cluster knows."""
+    return where.gpus_per_worker == 1 or (may_have_gpus(where) and not os.environ.get("RAY_ADDRESS"))
+
+
 def ranks_of(where: Resources, workers: int | None) -> int:
     """Ranks of an adaptor job; with elastic at most the number of workers."""
     return max(1, min(where.adapt_ranks, workers)) if where.elastic and workers is not None else where.adapt_ranks

@@ -23,6 +23,7 @@ from grappa_dist.artifacts import (
     Artifact,
     RowArrays,
     Store,
+    finished,
     numbered,
     own_shards,
     rows_file,
@@ -30,11 +31,12 @@ from grappa_dist.artifacts import (
 )
 from grappa_dist.bucket import send
 from grappa_dist.checksums import load_json
-from grappa_dist.config import ClusteringConfig
+from grappa_dist.config import ClusteringConfig, Resources
 from grappa_dist.console import format_bytes, format_number, pluralize
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Grid, wire_device
 from grappa_dist.distributed.machine import this_machine
+from grappa_dist.distributed.placement import has_gpus, known_workers
 from grappa_dist.distributed.runner import Job
 from grappa_dist.distributed.sharded_rows import GridRows, Rows, ShardedRows, join_rows
 from grappa_dist.distributed.worker import RankContext
@@ -185,12 +187,47 @@ def ranks_for(centroid_shards: int | Literal["auto"], workers: int, shards: int)
     ranks = min(workers, shards)
     if centroid_shards == "auto":
         return ranks
-    if centroid_shards > ranks:
+    _check_ranks(centroid_shards, workers, shards)
+    return ranks - ranks % centroid_shards
+
+
+def check_slices(where: Resources, labels: Iterable[Artifact] | None = None, shards: int | None = None) -> None:
+    """Refuses slices of the centroids that the ranks cannot hold, as far as that is known before workers start.
+
+    Args:
+        labels: of the run; once all are there, nothing is refused. None: before they are known.
+        shards: of the training images; None: likewise.
+
+    Raises:
+        ValueError: there will be fewer ranks than slices, or GPUs.
+    """
+    asked = where.centroid_shards
+    if asked == "auto" or (labels is not None and all(finished(labels))):
+        return
+    _check_ranks(asked, known_workers(where), shards)
+    if has_gpus(where):
+        _check_on_gpus(asked)
+
+
+def _check_ranks(centroid_shards: int, workers: int | None, shards: int | None) -> None:
+    """Raises ValueError where there will be fewer ranks than slices. None: not known."""
+    counts = {"worker": workers, "shard": shards}
+    known = {name: count for name, count in counts.items() if count is not None}
+    if known and centroid_shards > (ranks := min(known.values())):
+        of = {"worker": "", "shard": " of images"}
+        why = " and ".join(f"{pluralize(count, name)}{of[name]}" for name, count in known.items())
         raise ValueError(
             f"resources.centroid_shards={centroid_shards} is more than the {pluralize(ranks, 'rank')} of pseudo_label, "
-            f"which has {pluralize(workers, 'worker')} and {pluralize(shards, 'shard')} of images: lower it"
+            f"which has {why}: lower it"
         )
-    return ranks - ranks % centroid_shards
+
+
+def _check_on_gpus(centroid_shards: int | Literal["auto"]) -> None:
+    if centroid_shards not in (1, "auto"):
+        raise ValueError(
+            f"resources.centroid_shards={centroid_shards}: a GPU holds all centroids, no slice of "
+            "them; expected 1 or auto, or resources.gpus_per_worker=0"
+        )
 
 
 def describe_choices(config: ClusteringConfig, nums: Sequence[int], num_rows: int) -> list[str]:
@@ -236,11 +273,7 @@ def _slices(context: RankContext, job: LabelJob, nums: Sequence[int], sharded: S
         ValueError: on GPUs several were asked for.
     """
     if sharded.dense is not None:
-        if job.centroid_shards not in (1, "auto"):
-            raise ValueError(
-                f"resources.centroid_shards={job.centroid_shards}: a GPU holds all centroids, no slice of "
-                "them; expected 1 or auto, or resources.gpus_per_worker=0"
-            )
+        _check_on_gpus(job.centroid_shards)
         return dict.fromkeys(nums, 1)
     comm, wire = context.comm, wire_device(context.comm)
     host = int.from_bytes(hashlib.blake2b(socket.gethostname().encode(), digest_size=7).digest(), "big")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from grappa_dist.artifacts import Store
-from grappa_dist.config import ClusteringConfig
+from grappa_dist.config import ClusteringConfig, Resources
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.kmeans.methods import RankMemory, centroid_shards, choose, may_shard_centroids
 from grappa_dist.stages.kmeans_checkpoints import CHECKPOINT_FILE
 from grappa_dist.stages.pseudo_label import (
     LabelJob,
+    check_slices,
     label_ranks,
     ranks_for,
 )
@@ -70,3 +72,37 @@ def test_a_job_has_a_multiple_of_the_slices_asked_for_as_ranks() -> None:
     assert [ranks_for(asked, 7, 9) for asked in ("auto", 1, 2, 3, 7)] == [7, 7, 6, 6, 7]
     with pytest.raises(ValueError, match=r"^resources\.centroid_shards=4 is more than the 3 ranks of pseudo_label, "):
         ranks_for(4, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("where", "shards", "why"),
+    [
+        ({"workers": 2}, None, r"=3 is more than the 2 ranks of pseudo_label, which has 2 workers: lower it"),
+        (
+            {"workers": 2},
+            9,
+            r"=3 is more than the 2 ranks of pseudo_label, which has 2 workers and 9 shards of images: ",
+        ),
+        ({"workers": 9}, 1, r"=3 is more than the 1 rank of pseudo_label, which has 9 workers and 1 shard of images"),
+        ({"workers": 9, "gpus_per_worker": 1}, 9, r"=3: a GPU holds all centroids, .*or resources\.gpus_per_worker=0"),
+    ],
+)
+def test_more_slices_than_there_can_be_ranks_are_refused_before_anything_is_made(
+    tmp_path: Path, where: dict[str, Any], shards: int | None, why: str
+) -> None:
+    resources = Resources(centroid_shards=3, **{"gpus_per_worker": 0, **where})
+    artifact = Store(tmp_path).artifact("labels/k=2", {}, {})
+    with pytest.raises(ValueError, match=rf"^resources\.centroid_shards{why}"):
+        check_slices(resources, [artifact], shards)
+    artifact.begin()
+    artifact.commit()
+    check_slices(resources, [artifact], shards)  # nothing is left to cluster
+
+
+def test_slices_that_are_not_known_to_be_too_many_are_left_to_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
+    check_slices(Resources(centroid_shards=3))
+    check_slices(Resources(centroid_shards=3), None, 3)
+    check_slices(Resources(), None, 1)
+    with pytest.raises(ValueError, match="is more than the 2 ranks of pseudo_label, which has 2 shards of images"):
+        check_slices(Resources(centroid_shards=3), None, 2)
