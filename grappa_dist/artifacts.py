@@ -191,11 +191,15 @@ class Artifact:
 
 
 def finished(artifacts: Iterable[Artifact]) -> list[bool]:
-    """Which of them are finished, by one listing of each folder that they lie in, however many they are.
+    """Which of them are finished, by one listing of each folder that they lie in, however many they are; by one in all
+    of a run on an object store.
 
     `complete` asks for each manifest, which takes long where there are many. A folder whose manifest somebody has
     removed counts here; a run has set such aside when it starts (`look_at`).
     """
+    artifacts = list(artifacts)
+    if (there := _objects_of(artifacts)) is not None:
+        return [f"{artifact.name}/{MANIFEST}" in there for artifact in artifacts]
     listed, found = dict[tuple[Path, str], frozenset[str]](), list[bool]()
     for artifact in artifacts:  # without a Path for each, which takes longer than all else
         parent, _, name = artifact.kind.rpartition("/")
@@ -207,13 +211,21 @@ def finished(artifacts: Iterable[Artifact]) -> list[bool]:
 
 
 def _names_in(folder: Path) -> frozenset[str]:
-    sent = bucket.marked(folder, MANIFEST)
-    if sent is not None:
-        return frozenset(path.name for path in sent)
     try:
         return frozenset(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
+
+
+def _objects_of(artifacts: Sequence[Artifact]) -> dict[str, int] | None:
+    """The objects in a bucket below what the artefacts of its run have in common, with their bytes, by one listing;
+    None of a run that is on no object store."""
+    of_run = bucket_of(artifacts[0].root) if artifacts else None
+    if of_run is None:
+        return None
+    parents = {artifact.kind.rpartition("/")[0] for artifact in artifacts}
+    in_one = parents.pop() if len(parents) == 1 else ""
+    return of_run.names(artifacts[0].name if len(artifacts) == 1 else in_one)
 
 
 def _exists(path: str) -> bool:
@@ -243,8 +255,10 @@ def look_at(artifacts: Iterable[Artifact], content_bytes: int | None = None) -> 
         content_bytes: to be read at most, of CONTENT_FILES files at most; None: all of all.
     """
     forget()
-    artifacts = [artifact for artifact in artifacts if artifact.complete]
-    found = dict(zip(artifacts, _side_by_side(_check_sizes, artifacts), strict=True))
+    artifacts = list(artifacts)
+    there = _objects_of(artifacts)
+    artifacts = _whole(artifacts, there)
+    found = dict(zip(artifacts, _side_by_side(partial(_check_sizes, there or {}), artifacts), strict=True))
     listed = {a: a.files for a, damage in found.items() if damage is None}
     files = sorted((s.bytes, a.name, name) for a, of_one in listed.items() for name, s in of_one.items() if s.xxh3)
     if content_bytes is not None:
@@ -262,6 +276,19 @@ def look_at(artifacts: Iterable[Artifact], content_bytes: int | None = None) -> 
     )
 
 
+def _whole(artifacts: Sequence[Artifact], there: Mapping[str, int] | None) -> list[Artifact]:
+    """Those that are finished.
+
+    Args:
+        there: the objects of a bucket; None: the artefacts are those of a directory.
+    """
+    if there is None:
+        return [artifact for artifact in artifacts if artifact.complete]
+    listed = [artifact for artifact in artifacts if f"{artifact.name}/{MANIFEST}" in there]
+    fetched = _side_by_side(lambda artifact: artifact.complete, listed)
+    return [artifact for artifact, is_whole in zip(listed, fetched, strict=True) if is_whole]
+
+
 def _side_by_side(check: Callable[[_T], _R], things: Sequence[_T]) -> Iterator[_R]:
     """The results in order, by threads that take some _TOGETHER: a future for each takes longer than a small file."""
     parts = (things[start : start + _TOGETHER] for start in range(0, len(things), _TOGETHER))
@@ -270,15 +297,18 @@ def _side_by_side(check: Callable[[_T], _R], things: Sequence[_T]) -> Iterator[_
             yield from results
 
 
-def _check_sizes(artifact: Artifact) -> DamagedArtifact | None:
+def _check_sizes(there: Mapping[str, int], artifact: Artifact) -> DamagedArtifact | None:
+    """What is wrong with the sizes of an artefact's files.
+
+    Args:
+        there: bytes of the objects of a bucket; {} of a run that is on none.
+    """
     folder = str(artifact.path)
     try:
-        listed, there = artifact.files, _sizes_in_bucket(artifact)
-        for name, expected in listed.items():
-            path = f"{folder}/{name}"
-            if name in there and not os.path.exists(path):  # it is fetched when it is read
-                is_whole = there[name] == expected.bytes
-                why = "" if is_whole else f"has {there[name]} bytes, its manifest says {expected.bytes}"
+        for name, expected in artifact.files.items():
+            path, size = f"{folder}/{name}", there.get(f"{artifact.name}/{name}")
+            if size is not None and not os.path.exists(path):  # it is fetched when it is read
+                why = "" if size == expected.bytes else f"has {size} bytes, its manifest says {expected.bytes}"
             else:
                 why = compare_size(path, expected)
             if why:
@@ -286,13 +316,6 @@ def _check_sizes(artifact: Artifact) -> DamagedArtifact | None:
     except DamagedArtifact as damage:  # of the manifest
         return damage
     return None
-
-
-def _sizes_in_bucket(artifact: Artifact) -> dict[str, int]:
-    """Bytes of the objects of an artefact, by file; {} of a run that is on no object store."""
-    of_run = bucket_of(artifact.path)
-    found = {} if of_run is None else of_run.names(artifact.name)
-    return {name.removeprefix(f"{artifact.name}/"): size for name, size in found.items()}
 
 
 def _check_content(path: Path) -> DamagedArtifact | None:

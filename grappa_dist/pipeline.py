@@ -347,7 +347,7 @@ def _check_images(flow: Flow) -> str:
 
 def _check_artifacts(artifacts: Sequence[Artifact], *, deep: bool) -> str:
     """How many are whole; raises a ValueError that names those that are not."""
-    made = [artifact for artifact in artifacts if artifact.path.is_dir()]
+    made = [artifact for artifact, there in zip(artifacts, finished(artifacts), strict=True) if there]
     look = look_at(made, None if deep else CONTENT_BYTES)
     wrong = [f"{d.path} {d.why}" for d in look.damages]
     wrong += [f"{artifact.path / MANIFEST} is missing" for artifact in made if not artifact.complete]

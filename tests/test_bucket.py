@@ -11,7 +11,7 @@ import pytest
 
 from grappa_dist import bucket as module
 from grappa_dist import object_store
-from grappa_dist.artifacts import Artifact, Store, look_at
+from grappa_dist.artifacts import Artifact, Store, finished, look_at
 from grappa_dist.bucket import bucket_of, folder_of, here, marked, refreshed, refreshed_folder, send, withdraw
 from grappa_dist.checksums import DamagedArtifact, forget, set_aside, verified
 from grappa_dist.files import Sum, record
@@ -93,6 +93,30 @@ def test_an_artefact_of_one_machine_is_complete_on_another_and_its_files_come_wh
     assert not (there.path / "rows-0.npy").exists()
     there.check(None)
     assert (there.path / "rows-0.npy").read_bytes() == (made.path / "rows-0.npy").read_bytes()
+
+
+def test_one_listing_shows_what_is_finished_and_of_which_sizes(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
+
+    def artifacts_on(machine: str) -> list[Artifact]:
+        store = Store(root_on(bucket, tmp_path / machine))
+        return [store.artifact(kind, {"n": n}, {}) for kind in ("features/x", "labels/k=2") for n in range(3)]
+
+    made, there = artifacts_on("a"), artifacts_on("b")
+    for number, artifact in enumerate(made):
+        (artifact.begin() / "rows.npy").write_bytes(bytes(number))
+        if number % 2:
+            artifact.commit()
+    for some, known in ((there, [False, True] * 3), (there[:3], [False, True, False]), (there[1:2], [True])):
+        bucket.proxy.requests.clear()
+        assert finished(some) == known
+        assert len(bucket.proxy.requests) == 1
+    assert finished([]) == []
+    bucket.proxy.requests.clear()
+    assert look_at(there, 0).all_bytes == 1 + 3 + 5
+    assert [r.path.partition("?")[0] for r in bucket.proxy.requests].count(f"/{bucket.name}") == 1
+    fetched = {r.path.rpartition("/")[2].partition("?")[0] for r in bucket.proxy.requests} - {bucket.name}
+    assert fetched == {"manifest.json"}
 
 
 def test_who_finishes_second_takes_what_the_first_has_made(bucket: Bucket, tmp_path: Path) -> None:

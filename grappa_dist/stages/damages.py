@@ -72,7 +72,7 @@ class Mending:
         CONTENT_BYTES. Whether there was anything."""
         before, began = len(self.damages), time.monotonic()
         for artifact in artifacts:
-            if not artifact.complete and os.path.lexists(artifact.path):  # or a link to nothing
+            if os.path.lexists(artifact.path) and not artifact.complete:  # or a link to nothing
                 self.mend(DamagedArtifact(str(artifact.path / MANIFEST), str(artifact.path), "is missing"))
         look = look_at(artifacts, CONTENT_BYTES)
         for damage in look.damages:

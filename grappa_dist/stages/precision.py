@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from grappa_dist.artifacts import Store
+from grappa_dist.artifacts import Store, finished
 from grappa_dist.bucket import here
 from grappa_dist.config import BACKBONE, Config
 from grappa_dist.data.shards import ImageShards
@@ -76,7 +76,7 @@ def _of_features(config: Config, store: Store, train: ImageShards) -> Precision 
     kinds: tuple[Precision, ...] = ("fp32", "bf16")
     for precision in kinds:
         spec = ModelSpec(BACKBONE, _in(config, precision).backbone)
-        if any(artifact.complete for artifact in features_of(store, spec, config.embed, train)):
+        if any(finished(features_of(store, spec, config.embed, train))):
             return precision
     return None
 
