@@ -44,7 +44,7 @@ from grappa_dist.object_store import (
 from grappa_dist.storage import LASTING, Result, described, tried_again
 
 EVENT_PARTS = "events"  # of the bucket: events.jsonl of the run in parts, 00000001.jsonl and so on
-KEEP_BYTES = "GRAPPA_RUN_BYTES"  # a variable: the most bytes of finished artefacts that a machine keeps
+_OTHER_PLACE = "resources.copies_dir, or TMPDIR, names another place"
 _ROOT = re.compile(r"(?P<root>.*/(?P<name>(?:s3|gs)%3A%2F%2F[^/]+))(/|$)")
 _FINISHED = re.compile(r"-[0-9a-f]{10}$")
 _LONGEST_NAME = 255  # bytes of a folder's name
@@ -60,11 +60,16 @@ def is_bucket(out: str) -> bool:
     return out.startswith(("s3://", "gs://"))
 
 
+def own_folder(disk: str | None = None) -> str:
+    """The folder in which this user's runs have theirs, on a disk; None: in the temporary folder."""
+    return f"{disk or tempfile.gettempdir()}/grappa-runs-{os.getuid()}"
+
+
 def folder_of(url: str, parent: str | None = None) -> Path:
     """The folder of a run on this machine, the same on all machines where `parent` is.
 
     Args:
-        parent: None: `grappa-runs-<uid>` in the temporary folder.
+        parent: None: `own_folder()`.
 
     Raises:
         ValueError: the URL has a secret, names no bucket, or is too long.
@@ -75,7 +80,7 @@ def folder_of(url: str, parent: str | None = None) -> Path:
         raise ValueError(f"out={url}: expected s3://<bucket>/<prefix> or gs://<bucket>/<prefix>")
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"out={url}: {len(name)} bytes as the name of a folder, expected at most {_LONGEST_NAME}")
-    return Path(parent or Path(tempfile.gettempdir()) / f"grappa-runs-{os.getuid()}").expanduser().absolute() / name
+    return Path(parent or own_folder()).expanduser().absolute() / name
 
 
 def bucket_of(path: Path | str) -> Bucket | None:
@@ -99,9 +104,9 @@ def _bucket(root: str, url: str) -> Bucket:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         is_own = parent.stat().st_uid == os.getuid()
     except OSError as error:
-        raise ValueError(f"out={url}: {parent}: {error.strerror}; TMPDIR names another place") from error
+        raise ValueError(f"out={url}: {parent}: {error.strerror}; {_OTHER_PLACE}") from error
     if not is_own:
-        raise ValueError(f"out={url}: {parent} belongs to another user; TMPDIR names another place")
+        raise ValueError(f"out={url}: {parent} belongs to another user; {_OTHER_PLACE}")
     return Bucket(Path(root), url)
 
 
@@ -347,12 +352,14 @@ class _Kept:
     A file that is mapped keeps its bytes for whoever maps it, and is fetched again for others.
     """
 
+    most: int | None = None  # bytes; None: as many as leave _FREE_SHARE of the disk free
+
     def __init__(self, root: Path) -> None:
         self._root, self._lock, self._since = root, threading.Lock(), math.inf  # bytes since the last look
 
     def take(self, size: int) -> None:
         """Removes what is too much after a file of this size was fetched."""
-        most = int(os.environ[KEEP_BYTES]) if os.environ.get(KEEP_BYTES) else None
+        most = self.most
         with self._lock:
             self._since += size
             if (most is None and not _shortage(self._root)) or (most is not None and self._since < most * _LOOK_SHARE):
@@ -364,6 +371,11 @@ class _Kept:
                     return
                 Path(path).unlink(missing_ok=True)
                 excess -= num_bytes
+
+
+def keep_at_most(num_bytes: int | None) -> None:
+    """Bounds what this process lets its machine keep of finished artefacts; None: by what is free on the disk."""
+    _Kept.most = num_bytes
 
 
 def _copies(root: Path) -> Iterator[tuple[int, int, str]]:

@@ -28,7 +28,7 @@ _PATH_SETTINGS = (
     ("", "out"),
     ("data", "train", "test", "shards_dir", "exclude"),
     ("backbone", "checkpoint"),
-    ("resources", "cache_dir"),
+    ("resources", "cache_dir", "copies_dir"),
 )
 CONFIG_FILE = "config.yaml"  # of a run, in its directory: the settings of the latest that was not refused
 _VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
@@ -348,6 +348,8 @@ class Resources(Section):
     cache_dir: PathText | None = None  # blocks of remote shards; null: `grappa-cache-<uid>` in a node's TMPDIR
     cache_bytes: Annotated[int, Field(ge=0)] = 16 * 2**30  # 16 GiB, of all processes of a node together; 0: none
     requests_in_flight: Count = 16  # to remote shards, of one process
+    copies_dir: PathText | None = None  # gets a node's copies of a run on an object store; null: a node's TMPDIR
+    copies_bytes: Annotated[int, Field(ge=0)] | None = None  # most of finished artefacts there; null: by free space
     checkpoint_s: Annotated[float, Field(gt=0)] | None = 300.0  # training also saves its state after so long; null: no
     gpu_log_s: Annotated[float, Field(ge=0)] = 3.0  # between looks at the figures of training on a GPU; all are logged
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # also log the metrics of adaptor jobs
@@ -412,13 +414,14 @@ class Config(Section):
         of = absolute_path
         shards_dir = self.data.shards_dir and of(self.data.shards_dir)
         data = {key: tuple(map(of, getattr(self.data, key))) for key in ("train", "test", "exclude")}
-        checkpoint, cache_dir = self.backbone.checkpoint, self.resources.cache_dir
+        checkpoint, where = self.backbone.checkpoint, self.resources
+        places = {key: place and of(place) for key in ("cache_dir", "copies_dir") for place in [getattr(where, key)]}
         return self.model_copy(
             update={
                 "out": of(str(root)),
                 "data": self.data.model_copy(update={**data, "shards_dir": shards_dir}),
                 "backbone": self.backbone.model_copy(update={"checkpoint": checkpoint and of(checkpoint)}),
-                "resources": self.resources.model_copy(update={"cache_dir": cache_dir and of(cache_dir)}),
+                "resources": where.model_copy(update=places),
             }
         )
 
@@ -433,8 +436,8 @@ class Config(Section):
         tree = self.model_dump(mode="json")
         if not self.data.exclude:  # reports are named by this text, and those of earlier versions have no such settings
             del tree["data"]["exclude"], tree["data"]["duplicates"]
-        later = {"checkpoint_s": 300.0, "gpu_log_s": 3.0}.items()  # likewise, at their defaults
-        tree["resources"] = {k: v for k, v in tree["resources"].items() if (k, v) not in later}
+        later = {"checkpoint_s": 300.0, "gpu_log_s": 3.0, "copies_dir": None, "copies_bytes": None}  # likewise
+        tree["resources"] = {k: v for k, v in tree["resources"].items() if (k, v) not in later.items()}
         for section, *keys in _PATH_SETTINGS:
             of_section = tree[section] if section else tree
             of_section.update({key: quoted(of_section[key]) for key in keys if key in of_section})

@@ -21,7 +21,7 @@ from grappa_dist.extras import RUNS, require
 from grappa_dist.output import printable, quietly
 from grappa_dist.pipeline import Finished, run
 from grappa_dist.report.content import ScoreRow
-from grappa_dist.stages.run import name_after, run_root
+from grappa_dist.stages.run import name_after, placed, run_root
 from grappa_dist.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def fit(
             overrides=as_overrides({**(settings or {}), **sections}),
             log=lambda line: None if quiet else print(printable(line), file=sys.stderr),
         )
-        return FittedRun(root, _run(config, root))
+        return _run(config, placed(root, config.resources))
 
 
 def _places(images: StrPath | Iterable[StrPath], out: StrPath | None) -> tuple[Sequence[str], Path]:
@@ -81,7 +81,7 @@ def _places(images: StrPath | Iterable[StrPath], out: StrPath | None) -> tuple[S
     return photos, run_root(None if out is None else os.fspath(out), name_after(photos))
 
 
-def _run(config: Config, root: Path) -> Finished:
+def _run(config: Config, root: Path) -> FittedRun:
     try:
         finished = run(config, root)
     except Interrupted as stopped:
@@ -89,7 +89,7 @@ def _run(config: Config, root: Path) -> Finished:
     except Terminated as stopped:
         raise RuntimeError("terminated; the same call goes on") from stopped
     assert finished is not None  # no stage was asked for to end after
-    return finished
+    return FittedRun(root, finished)
 
 
 def _paths(given: StrPath | Iterable[StrPath]) -> Sequence[str]:

@@ -47,7 +47,7 @@ def work(asked: argparse.Namespace, ending: Ending) -> None:
 
     config = load(asked.config, asked.overrides)
     choose_mode(quiet=asked.quiet, json=asked.json)
-    root = run_root(expanded(asked.out, "--out") if asked.out else config.out, config.name)
+    root = run_root(expanded(asked.out, "--out") if asked.out else config.out, config.name, config.resources)
     if asked.deep and not asked.check:
         raise ValueError("--deep goes with --check: it reads all bytes of the artefacts that are there")
     if asked.dry_run:

@@ -12,7 +12,17 @@ import pytest
 from grappa_dist import bucket as module
 from grappa_dist import object_store
 from grappa_dist.artifacts import Artifact, Store, finished, look_at
-from grappa_dist.bucket import bucket_of, folder_of, here, marked, refreshed, refreshed_folder, send, withdraw
+from grappa_dist.bucket import (
+    bucket_of,
+    folder_of,
+    here,
+    keep_at_most,
+    marked,
+    refreshed,
+    refreshed_folder,
+    send,
+    withdraw,
+)
 from grappa_dist.checksums import DamagedArtifact, forget, set_aside, verified
 from grappa_dist.files import Sum, record
 from tests.conftest import Bucket
@@ -57,7 +67,7 @@ def test_the_folder_is_private_and_one_of_another_user_is_refused(
     assert own.stat().st_mode & 0o777 == 0o700
     planted.mkdir()
     monkeypatch.setattr(os, "getuid", lambda: planted.stat().st_uid + 1)
-    with pytest.raises(ValueError, match=r"out=s3://b/x: .*planted belongs to another user; TMPDIR names"):
+    with pytest.raises(ValueError, match=r"out=s3://b/x: .*planted belongs to another user; resources.copies_dir, or"):
         bucket_of(folder_of("s3://b/x", str(planted)) / "labels")
 
 
@@ -228,7 +238,8 @@ def test_what_was_used_longest_ago_goes_first_and_comes_again(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket.allow_writing()
-    monkeypatch.setenv(module.KEEP_BYTES, "2500")
+    monkeypatch.setattr(module._Kept, "most", None)
+    keep_at_most(2500)
     made = [Store(root_on(bucket, tmp_path / "a")).artifact("features/x", {"n": n}, {}) for n in range(4)]
     for artifact in made:
         (artifact.begin() / "rows.npy").write_bytes(bytes(1000))

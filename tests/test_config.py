@@ -118,6 +118,7 @@ WRONG = [
         "mirror='s3://b/runs': there is no such setting any more, expected null; out: s3://<bucket>/",
     ),
     ("resources.cache_bytes=-1", "resources.cache_bytes=-1: Input should be greater than or equal to 0"),
+    ("resources.copies_bytes=-1", "resources.copies_bytes=-1: Input should be greater than or equal to 0"),
     ("resources.requests_in_flight=0", "resources.requests_in_flight=0: Input should be greater than or equal to 1"),
     ("seed=-1", "seed=-1: Input should be greater than or equal to 0"),
     ("epochs", "override 'epochs' must look like section.key=value"),
@@ -270,6 +271,7 @@ PATHS = {
     "data.test": lambda config: config.data.test[0],
     "backbone.checkpoint": lambda config: config.backbone.checkpoint,
     "resources.cache_dir": lambda config: config.resources.cache_dir,
+    "resources.copies_dir": lambda config: config.resources.copies_dir,
 }
 
 

@@ -85,7 +85,7 @@ def settings_from(
     """The settings of a run of images, or of a config, and its directory; says what was chosen."""
     from grappa_dist.config import expanded, load
     from grappa_dist.defaults import settings_of_run
-    from grappa_dist.stages.run import name_after, run_root
+    from grappa_dist.stages.run import name_after, placed, run_root
 
     places, overrides = split_words(given)
     if config is not None:
@@ -93,7 +93,7 @@ def settings_from(
             raise click.UsageError("--config FILE names the images (data.train, data.test): give no others beside it")
         named = [f"backbone.name={backbone}"] if backbone else []
         found = load(config, [*named, *overrides])
-        return found, run_root(expanded(out, "--out") if out else found.out, found.name)
+        return found, run_root(expanded(out, "--out") if out else found.out, found.name, found.resources)
     images = [expanded(place, "IMAGES") for place in places]
     if not images and out is None:
         raise click.UsageError("expected images, or --out DIR of a run that has begun, or --config FILE")
@@ -107,7 +107,7 @@ def settings_from(
         overrides=overrides,
         log=_say,
     )
-    return settings, root
+    return settings, placed(root, settings.resources)
 
 
 def _say(line: str) -> None:

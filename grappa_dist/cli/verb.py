@@ -92,13 +92,14 @@ def settings_of(given: Sequence[str], config: str | None, out: str | None) -> tu
         ValueError: there is no such run or file, or a setting is wrong.
     """
     from grappa_dist.config import expanded, load
-    from grappa_dist.stages.run import read_config, run_root
+    from grappa_dist.stages.run import placed, read_config, run_root
 
     places, settings = split_words(given)
     if config is not None and not places:
         found = load(config, settings)
-        return found, run_root(expanded(out, "--out") if out else found.out, found.name)
+        return found, run_root(expanded(out, "--out") if out else found.out, found.name, found.resources)
     if len(places) != 1 or config is not None or out is not None:
         raise click.UsageError("expected one run directory, or --config FILE and perhaps --out DIR")
     root = run_root(expanded(places[0], "RUN"), "")
-    return read_config(root, settings), root
+    found = read_config(root, settings)
+    return found, placed(root, found.resources)

@@ -286,12 +286,13 @@ class Cluster:
         actor: Any = ray.remote(concurrency_groups={"control": 2})(Worker)  # type: ignore[call-overload]
         where = self.resources
         threads = self._cpus if where.threads == "auto" else where.threads
+        reading = decode_threads(where, self._cpus, gpu=bool(self._gpus))
         return actor.options(
             num_cpus=self._cpus,
             num_gpus=self._gpus,
             # The second: no Python that a worker starts may import from the current directory first
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"}},
-        ).remote(threads, self._gpus, decode_threads(where, self._cpus, gpu=bool(self._gpus)))
+        ).remote(threads, self._gpus, reading, copies_bytes=where.copies_bytes)
 
     def _give_up_late(self, up: set[Any]) -> None:
         """Gives up late workers; with elastic also, at once, those whose node turns out to be gone."""

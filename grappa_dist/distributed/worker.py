@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from grappa_dist.bucket import withdraw
+from grappa_dist.bucket import keep_at_most, withdraw
 from grappa_dist.distributed.collectives import Comm, process_group, wire_device
 from grappa_dist.distributed.preflight import Checks, Facts, node_name, survey
 from grappa_dist.files import hide_damaged
@@ -77,8 +77,11 @@ class RankContext:
 class Worker:
     """A Ray actor with some CPUs and perhaps a GPU. While it works, it still answers `status` and `stop`."""
 
-    def __init__(self, threads: int, gpus: float, decode_threads: int = CPU_THREADS) -> None:
+    def __init__(
+        self, threads: int, gpus: float, decode_threads: int = CPU_THREADS, *, copies_bytes: int | None = None
+    ) -> None:
         raise_open_files()
+        keep_at_most(copies_bytes)
         set_threads_here(decode_threads)
         self._threads, self._gpus = threads, gpus
         self._status: dict[str, Any] = {}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grappa_dist.artifacts import LOCK, Store
-from grappa_dist.bucket import bucket_of, folder_of, is_bucket, refreshed
-from grappa_dist.config import CONFIG_FILE, Config, load
+from grappa_dist.bucket import bucket_of, folder_of, is_bucket, keep_at_most, own_folder, refreshed
+from grappa_dist.config import CONFIG_FILE, Config, Resources, load
 from grappa_dist.console import EVENTS_BYTES, EVENTS_FILE, LOG_FILE, Console, Events, LogFile, read_events
 from grappa_dist.data.block_cache import DAMAGED_LOG, count_damaged
 from grappa_dist.data.open_images import cache_of
@@ -50,6 +50,7 @@ def running(config: Config, root: Path) -> Iterator[Run]:
     raise_open_files()
     root = root.expanduser()  # of callers in Python: no folder is ever called "~"
     store, new = Store(root), [path for path in (root, *root.parents) if not path.exists()]
+    keep_at_most(config.resources.copies_bytes)
     with store.lock() as lease:
         files = restored(root, lease)
         try:
@@ -160,13 +161,17 @@ def name_after(images: Sequence[str]) -> str:
     return os.path.basename(os.path.abspath(images[0])) if images else ""
 
 
-def run_root(out: str | None, name: str) -> Path:
+def run_root(out: str | None, name: str, where: Resources | None = None) -> Path:
     """The run directory, absolute, or this machine's folder of a run on an object store.
 
     Warns if it is in the temporary folder of a submitted job, which Ray removes.
+
+    Args:
+        where: None: before the settings are known, which may put that folder elsewhere (`placed`).
     """
     if out is not None and is_bucket(out):
-        return refreshed(folder_of(out) / CONFIG_FILE).parent
+        disk = None if where is None else where.copies_dir
+        return refreshed(folder_of(out, own_folder(disk)) / CONFIG_FILE).parent
     if out is not None and is_remote(out):
         shown = without_secrets(out)
         raise ValueError(
@@ -178,3 +183,11 @@ def run_root(out: str | None, name: str) -> Path:
         line = f"warning: {root} lies in the job's temporary folder and goes with it; give --out an absolute path"
         print(printable(line), file=sys.stderr)
     return root
+
+
+def placed(root: Path, where: Resources) -> Path:
+    """The run directory, where the settings want it: that of a run on an object store may be on another disk."""
+    bucket = bucket_of(root)
+    if bucket is None or where.copies_dir is None:
+        return root
+    return folder_of(bucket.url, own_folder(where.copies_dir))

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from grappa_dist import progress
+from grappa_dist.bucket import _Kept
 from grappa_dist.distributed import worker
 
 
@@ -67,7 +68,9 @@ def test_a_job_says_which_faster_ways_it_lost_and_those_after_it_do_not_again(mo
     monkeypatch.setattr(progress, "_lost", list[str]())
     monkeypatch.setattr(worker, "_head_address", lambda: ("127.0.0.1", 0))
     monkeypatch.setattr(worker, "_end_when_cut_off", lambda address: None)
-    one = worker.Worker(threads=1, gpus=0)
+    monkeypatch.setattr(_Kept, "most", None)
+    one = worker.Worker(threads=1, gpus=0, copies_bytes=7)
+    assert _Kept.most == 7
 
     def lose(device: object, what: str) -> None:
         progress.trial_lost(what, ValueError("no\n compiler"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,16 @@ import pytest
 
 from grappa_dist import pipeline
 from grappa_dist.artifacts import Store
-from grappa_dist.bucket import folder_of
+from grappa_dist.bucket import _Kept, folder_of
 from grappa_dist.checksums import verified
 from grappa_dist.clean import clean
-from grappa_dist.config import Config
+from grappa_dist.config import Config, Resources
 from grappa_dist.console import EVENTS_FILE, Console, Events, read_events
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.runner import Job
 from grappa_dist.seeds import run_seeds
 from grappa_dist.stages.damages import read_damages
+from grappa_dist.stages.run import placed, run_root, running
 from grappa_dist.stages.run_on_bucket import restored
 from grappa_dist.status import describe_status, status
 from tests.conftest import Bucket
@@ -144,6 +146,29 @@ def test_a_run_on_a_bucket_is_the_local_run_and_goes_on_in_an_empty_folder(bucke
     seen = status(folder_of(str(settings.out), str(tmp_path / "c")))
     assert (seen.run, seen.state) == (settings.out, "done")
     assert f"{settings.out}/report/report.html" in describe_status(seen)
+
+
+def test_a_setting_names_the_disk_of_a_machines_copies_also_for_a_run_that_goes_on(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    where, url = Resources(copies_dir=str(tmp_path / "disk")), f"{bucket.url}/runs/x"
+    default, root = run_root(url, ""), run_root(url, "", where)
+    assert [path.relative_to(tmp_path).parts[0] for path in (default, root)] == ["tmp", "disk"]
+    assert root.parent.name == default.parent.name == f"grappa-runs-{os.getuid()}"
+    assert placed(default, where) == root
+    assert placed(default, Resources()) == default
+    assert placed(tmp_path, where) == tmp_path  # a directory is where it is
+
+
+def test_a_run_bounds_the_copies_of_its_machine_by_its_setting(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.allow_writing()
+    monkeypatch.setattr(_Kept, "most", None)
+    settings = tiny.config(["images"], resources={"copies_bytes": 5})
+    with running(settings, folder_of(f"{bucket.url}/runs/x", str(tmp_path))):
+        assert _Kept.most == 5
 
 
 def test_what_works_in_directories_alone_refuses_a_bucket_in_a_line(tmp_path: Path) -> None:
