@@ -11,9 +11,8 @@ import click
 from grappa_dist.cli.verb import split_words, verb, words
 from grappa_dist.cli.with_model import (
     Options,
-    embedder_with,
+    collections_of,
     label_column_option,
-    list_left_out,
     path_of,
     places_of,
     with_device,
@@ -23,8 +22,6 @@ from grappa_dist.console import Ending, pluralize
 from grappa_dist.output import printable
 
 if TYPE_CHECKING:
-    from grappa_dist.retrieval.collection import Collection
-    from grappa_dist.retrieval.embedding import Embedder
     from grappa_dist.retrieval.map_images import MapImages
 
 MOST = 100_000
@@ -117,36 +114,9 @@ def _check(
 
 
 def _embedded(options: Options, settings: Sequence[str], images: Sequence[str], most: int) -> MapImages:
-    from grappa_dist.retrieval.collection import open_collection
-    from grappa_dist.retrieval.embedding import describe_bad
+    from grappa_dist.console import Console
     from grappa_dist.retrieval.map_images import images_of_collections, labels_by_name
 
     places = places_of(images)
-    collections: dict[str, Collection] = {}
-    embedders = _embedders(options, settings)
-    for number, (called, embedder) in enumerate(embedders.items()):
-        folder = path_of(options["keep"], "--keep")
-        folder = folder / ("model" if number == len(embedders) - 1 else "against") if folder else None
-        collections[called] = open_collection(places, lambda embedder=embedder: embedder, keep=folder)  # type: ignore[misc]
-    labels = labels_by_name(places, options["label_column"], embedder.console.log)
-    found = collections[called]
-    bad = [(found.name(row), why) for row, why in found.bad.items()]
-    for line in describe_bad(bad, len(found), list_left_out(options, bad)):
-        print(line)
-    return images_of_collections(collections, labels, most)
-
-
-def _embedders(options: Options, settings: Sequence[str]) -> dict[str, Embedder]:
-    """The models by the names of their maps, that which is compared with first."""
-    from grappa_dist.config import expanded
-    from grappa_dist.retrieval.opening import open_models
-
-    models = open_models(
-        expanded(options["model"], "--model"),
-        None if options["against"] == "none" else expanded(options["against"], "--against"),
-        options["device"],
-        gallery=options["gallery"],
-        settings=settings,
-        trust_modules=options["trust_modules"],
-    )
-    return {name: embedder_with(options, model) for name, model in reversed(models.items())}
+    collections = collections_of(options, settings, places)
+    return images_of_collections(collections, labels_by_name(places, options["label_column"], Console().log), most)

@@ -125,6 +125,35 @@ def embedder_with(options: Options, model: OpenModel) -> Embedder:
     return Embedder(model, Console(), options["batch_size"], options["decode_threads"])
 
 
+def collections_of(options: Options, settings: Sequence[str], places: Sequence[str]) -> dict[str, Collection]:
+    """The images under the model that the options name and under the one that it is compared with, this one first.
+
+    Says which images could not be read. `against` is among the options, and `keep`, where embeddings are kept.
+
+    Raises:
+        ValueError: there is no such model, or there are no images.
+    """
+    from grappa_dist.config import expanded
+    from grappa_dist.retrieval.collection import open_collection
+    from grappa_dist.retrieval.opening import open_models
+
+    models = open_models(
+        expanded(options["model"], "--model"),
+        None if options["against"] == "none" else expanded(options["against"], "--against"),
+        options["device"],
+        gallery=options["gallery"],
+        settings=settings,
+        trust_modules=options["trust_modules"],
+    )
+    collections: dict[str, Collection] = {}
+    for number, (called, model) in enumerate(reversed(models.items()), 1):
+        embedder, folder = embedder_with(options, model), path_of(options["keep"], "--keep")
+        folder = folder / ("model" if number == len(models) else "against") if folder else None
+        collections[called] = open_collection(places, lambda embedder=embedder: embedder, keep=folder)  # type: ignore[misc]
+    print_left_out(collections[called], options)
+    return collections
+
+
 def path_of(given: str | None, option: str) -> Path | None:
     """The path that an option gives, if it does."""
     from grappa_dist.config import expanded

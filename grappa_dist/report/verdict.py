@@ -222,6 +222,7 @@ def without_labels(run: str, *, has_test: bool, why: str = "") -> list[str]:
         f"Not known: whether this model is better than the backbone; there were {lacks}. "
         "The report has label-free figures alone, and none of them is a score.",
         *([why] if why else []),
+        "Answers about 200 pairs of images show a large difference (--label 200 in place of --images FOLDER). "
         f"Some {LABELLED} labelled images, two or more of each class, would settle it: put them into a folder for each "
         f"class and run  grappa-dist evaluate --model {shlex.quote(run)} --images FOLDER",
     ]

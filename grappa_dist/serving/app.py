@@ -26,7 +26,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.output import printable_line
@@ -89,10 +89,23 @@ def create_app(
         await engine.close()
         served.close()
 
+    routes = [*page_routes("page"), Route("/health", _health), *served.routes()]
+    return guarded_app(routes, hosts=hosts, answer_s=limits.answer_s, lifespan=lifespan)
+
+
+def guarded_app(
+    routes: Sequence[Route], *, hosts: Sequence[str], answer_s: float, lifespan: Lifespan[Starlette] | None = None
+) -> Starlette:
+    """An application of some routes whose answers have the policy of above, and which other sites' pages cannot call.
+
+    Args:
+        hosts: as of `create_app`.
+        answer_s: seconds that an answer may take.
+    """
     app = Starlette(
-        routes=[*_PAGE, Route("/health", _health), *served.routes()],
+        routes=routes,
         middleware=[
-            Middleware(_Guard, answer_s=limits.answer_s),
+            Middleware(_Guard, answer_s=answer_s),
             Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
         ],
         exception_handlers={Refused: _refused, HTTPException: _not_found},
@@ -121,7 +134,7 @@ async def _not_found(request: Request, error: Exception) -> Response:
 @lru_cache
 def _page_file(name: str) -> bytes:
     content = files(__package__).joinpath(name).read_bytes()
-    return STYLE.encode() + content if name == "page.css" else content
+    return STYLE.encode() + content if name.endswith(".css") else content
 
 
 async def _asset(name: str, kind: str, request: Request) -> Response:
@@ -132,12 +145,14 @@ async def _health(request: Request) -> Response:
     return as_json({"status": "ok"})
 
 
-_PAGE = [
-    Route("/", partial(_asset, "page.html", "text/html")),
-    Route("/page.css", partial(_asset, "page.css", "text/css")),
-    Route("/page.js", partial(_asset, "page.js", "text/javascript")),
-    Route("/icon.svg", partial(_asset, "icon.svg", "image/svg+xml")),
-]
+def page_routes(name: str) -> list[Route]:
+    """The page `<name>.html` of this folder with its style and script."""
+    return [
+        Route("/", partial(_asset, f"{name}.html", "text/html")),
+        Route(f"/{name}.css", partial(_asset, f"{name}.css", "text/css")),
+        Route(f"/{name}.js", partial(_asset, f"{name}.js", "text/javascript")),
+        Route("/icon.svg", partial(_asset, "icon.svg", "image/svg+xml")),
+    ]
 
 
 class _Served:

@@ -134,13 +134,7 @@ class Searcher:
             KeyError: there is no such column or row, or the row is no image.
             BadImage: the file is gone, or does not decode any more.
         """
-        data = self._collection(column, row).image(row)
-        if isinstance(data, BadImage):
-            raise data
-        picture = open_picture(data)
-        spare = max(picture.width, picture.height) // THUMBNAIL_PX
-        pixels = picture.pixels(next((shrink for shrink in (8, 4, 2) if spare >= shrink), 1))
-        return small_jpeg(Image.fromarray(pixels), THUMBNAIL_PX)
+        return shrunk(self._collection(column, row).image(row), THUMBNAIL_PX)
 
     def _collection(self, column: int, row: int) -> Collection:
         if not 0 <= column < len(self.columns):
@@ -149,6 +143,20 @@ class Searcher:
         if not 0 <= row < len(collection) or row in collection.bad:
             raise KeyError(row)
         return collection
+
+
+def shrunk(data: bytes | BadImage, side_px: int) -> bytes:
+    """An image as a JPEG file of its pixels alone, whose longer side has at most so many.
+
+    Raises:
+        BadImage: it does not decode.
+    """
+    if isinstance(data, BadImage):
+        raise data
+    picture = open_picture(data)
+    spare = max(picture.width, picture.height) // side_px
+    pixels = picture.pixels(next((shrink for shrink in (8, 4, 2) if spare >= shrink), 1))
+    return small_jpeg(Image.fromarray(pixels), side_px)
 
 
 @torch.inference_mode()

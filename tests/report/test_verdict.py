@@ -106,6 +106,7 @@ def test_without_labels_nothing_is_called_a_score_and_a_command_would_settle_it(
         assert "label-free figures alone, and none of them is a score" in lines[0]
         assert "Some 200 labelled images" in lines[1]
         assert lines[-1].endswith("grappa-dist evaluate --model runs/mine --images FOLDER")
+        assert "--label 200 in place of --images FOLDER" in lines[-1]
 
 
 def test_the_page_opens_with_the_verdict_and_draws_every_gain(tmp_path: Path) -> None:
