@@ -123,6 +123,13 @@ class Gallery:
             return self.held.index_select(0, sent(places, self.device))
         return sent(self.read(places), self.device)
 
+    def rows_of(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows, and where the one of each place (m,) on the device is among them, (m,)."""
+        if self.held is not None:
+            return self.held, places
+        known, inverse = places.unique(return_inverse=True)
+        return self.rows(known.cpu()), inverse
+
     def tile(self, places: Tensor) -> Tile:
         """The rows at some places."""
         return Tile(sent(places, self.device), self.rows(places), sent(self.classes[places], self.device))
@@ -222,7 +229,8 @@ class _Pairs:
     scores: Tensor  # (s,) float32
     before: Tensor  # (s,) how many scores of the query's class are better for certain
 
-    def pick(self, some: Tensor) -> _Pairs:
+    def pick(self, some: Tensor | slice) -> _Pairs:
+        """Those at some places, which are no mask: a GPU would be waited for once for each of the four."""
         return _Pairs(self.queries[some], self.columns[some], self.scores[some], self.before[some])
 
 
@@ -250,11 +258,13 @@ class _Block:
             mine = torch.nonzero(sizes == size).flatten()
             parts = self._of_small(mine, size + 1) if size < _SMALL_CLASS else self._of_large(mine, size + 1)
             for some, members, scores in parts:
-                others = members != sent(self.places[some], self.device)[:, None]  # all but the query itself
-                scores, order = scores[others].view(len(some), size).sort(1, descending=True)
                 at = sent(some, self.device)
+                columns = torch.arange(size, device=self.device)
+                itself = (members < sent(self.places[some], self.device)[:, None]).sum(1, keepdim=True)
+                others = columns + (columns >= itself)  # (n, size) all columns but the query's
+                scores, order = scores.gather(1, others).sort(1, descending=True)
                 self.own[at, :size] = scores
-                self.members[at, :size] = members[others].view(len(some), size).gather(1, order)
+                self.members[at, :size] = members.gather(1, others.gather(1, order))
 
     def _of_small(self, mine: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of queries of small classes of one size: places of their classes (n, m), and scores with these."""
@@ -303,11 +313,11 @@ class _Block:
     def place(self, tile: Tile, scores: Tensor) -> None:
         """The same of a tile whose scores (b, t) with the block are known."""
         queries, columns = _places_of(self._may_count(scores))
-        other = self.classes[queries] != tile.classes[columns]
+        other = torch.nonzero(self.classes[queries] != tile.classes[columns]).flatten()
         queries, columns = queries[other], columns[other]
         found = scores[queries, columns]
         pairs = _Pairs(queries, columns, found, self._better(queries, found + self.error))
-        self._place(tile, pairs.pick(pairs.before < self.active[queries]))
+        self._place(tile, pairs.pick(torch.nonzero(pairs.before < self.active[queries]).flatten()))
         if len(queries) >= len(self.x):
             self._bound(self.counts.cumsum(1))
 
@@ -331,13 +341,13 @@ class _Block:
             open_pairs = pairs.pick(left)
             width = self._better(open_pairs.queries, open_pairs.scores - self.error, equal=True) - open_pairs.before
             ends = width.cumsum(0)
-            if self.x.shape[1] * int(ends[-1]) > _OPEN_DIMS * len(self.x) * len(tile.rows):
+            num = int(ends[-1])
+            if self.x.shape[1] * num > _OPEN_DIMS * len(self.x) * len(tile.rows):
                 for part in tile.split(max(1, _EXACT_TABLE // len(self.x))):
                     self._place_exactly(part)
                 return
-            sizes = torch.bincount((ends - 1) // _OPEN_AT_ONCE)
-            for some in torch.arange(len(left), device=self.device).split(sizes[sizes > 0].tolist()):
-                pairs.before[left[some]] += self._decided(tile, open_pairs.pick(some), width[some])
+            for some, number in _at_once(ends.cpu()) if num > _OPEN_AT_ONCE else [(slice(0, None), num)]:
+                pairs.before[left[some]] += self._decided(tile, open_pairs.pick(some), width[some], number)
         self._count(pairs.queries, pairs.before)
 
     def _better(self, queries: Tensor, scores: Tensor, *, equal: bool = False) -> Tensor:
@@ -351,14 +361,14 @@ class _Block:
             found = torch.where(better, after, found)
         return found
 
-    def _decided(self, tile: Tile, pairs: _Pairs, width: Tensor) -> Tensor:
-        """How many of the next `width` scores of the own class come before each pair, by exact scores, (s,)."""
-        of_pair = torch.repeat_interleave(torch.arange(len(width), device=self.device), width)
+    def _decided(self, tile: Tile, pairs: _Pairs, width: Tensor, num: int) -> Tensor:
+        """How many of the next `width` scores of the own class, `num` of all pairs, come before each, exactly, (s,)."""
+        of_pair = torch.repeat_interleave(torch.arange(len(width), device=self.device), width, output_size=num)
         firsts = (width.cumsum(0) - width)[of_pair]
         at = pairs.before[of_pair] + torch.arange(len(of_pair), device=self.device) - firsts
         members = self.members[pairs.queries[of_pair], at]
-        known, place = members.unique(return_inverse=True)
-        own = pair_dots(self.x, self.gallery.rows(known.cpu()), (pairs.queries[of_pair], place))
+        rows, place = self.gallery.rows_of(members)
+        own = pair_dots(self.x, rows, (pairs.queries[of_pair], place))
         other = pair_dots(self.x, tile.rows, (pairs.queries, pairs.columns))[of_pair]
         before = (own > other) | ((own == other) & (members < tile.places[pairs.columns][of_pair]))
         return torch.zeros_like(width).index_add_(0, of_pair, before.long())
@@ -390,9 +400,10 @@ class _Block:
         return scores, members
 
     def _count(self, queries: Tensor, before: Tensor) -> None:
-        counting = before < self.active[queries]
-        at = (queries * self.counts.shape[1] + before)[counting]
-        self.counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+        """Adds the pairs whose place counts, without asking the device how many these are."""
+        num = self.counts.shape[1]
+        counting = (before < self.active[queries]).int()
+        self.counts.view(-1).index_add_(0, queries * num + before.clamp(max=num - 1), counting)
 
     def units(self) -> Tensor:
         """R-Precision, MAP@R and recall at 1 of each query, (b, 3), once all tiles have been met."""
@@ -408,6 +419,16 @@ class _Block:
 def _columns(x: Tensor) -> int:
     """How many rows the rows of a block (b, D) are compared with at a time."""
     return max(1, (_GPU_TABLE if x.is_cuda else _TABLE) // len(x))
+
+
+def _at_once(ends: Tensor) -> Iterator[tuple[slice, int]]:
+    """Pairs whose places are decided together, and how many places; `ends` (s,), on the host, adds these up."""
+    sizes = torch.bincount((ends - 1) // _OPEN_AT_ONCE)
+    start = before = 0
+    for size in sizes[sizes > 0].tolist():
+        after = int(ends[start + size - 1])
+        yield slice(start, start + size), after - before
+        start, before = start + size, after
 
 
 def _places_of(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ NO_KERNEL = {  # beside views
 INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_", "aten._unsafe_index"}
 PRODUCTS = {"aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.addmv", "aten.mv", "aten.dot"}
 _backend = ""  # of the process group, as the program sees it
+_computes_products = True
 
 
 class CudaTensor(torch.Tensor):
@@ -240,7 +241,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any], *, to_host: bool, mad
     if kwargs.get("device") is not None:
         given["device"] = torch.device("cpu")
     plain, given = tree_map(lambda x: _elements(x) if isinstance(x, Tensor) else x, (args, given))
-    found = _INSTEAD.get(name, func)(*plain, **given)
+    computed = _INSTEAD.get(name, func)
+    found = _zeros_of(computed, plain, given) if _only_shapes(func) else computed(*plain, **given)
     if name in HOST_RESULTS or to_host:
         return found
     if not _is_view(func) and name not in NO_KERNEL:
@@ -300,6 +302,37 @@ _INSTEAD = {
     "aten._scaled_dot_product_efficient_attention": _efficient,
     "aten._scaled_dot_product_efficient_attention_backward": _efficient_backward,
 }
+
+
+@contextlib.contextmanager
+def without_products() -> Iterator[None]:
+    """Products, convolutions and attention are zeros inside. What is counted depends on their shapes alone, and on a
+    CPU they take nearly all the time of a large model."""
+    global _computes_products
+    _computes_products = False
+    try:
+        yield
+    finally:
+        _computes_products = True
+
+
+def _only_shapes(func: Any) -> bool:
+    return not _computes_products and func._overloadpacket in flop_registry
+
+
+def _zeros_of(computed: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What an operation would return, of the same shapes and strides, and zero."""
+
+    def shape_of(leaf: Any) -> Any:
+        return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+    def zeros(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.device.type != "meta":
+            return leaf
+        return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="cpu").zero_()
+
+    args, kwargs = tree_map(shape_of, (args, kwargs))
+    return tree_map(zeros, computed(*args, **kwargs))
 
 
 def _count(func: Any, given: Any, found: Any) -> None:

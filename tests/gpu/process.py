@@ -12,10 +12,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,27 +33,46 @@ class PretendGpu:
     """The client of such a process."""
 
     def __init__(self) -> None:
+        self._process = self._started()
+
+    def _started(self) -> subprocess.Popen[str]:
         environment = {**os.environ, "DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "tests.gpu.process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
             cwd=ROOT,
             text=True,
+            process_group=0,  # so that its forks end with it
         )
 
-    def run(self, function: str, ranks: int = 1, **given: Any) -> list[Any]:
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def run(self, function: str, ranks: int = 1, *, products: bool = True, **given: Any) -> list[Any]:
         """What `function` ("module:name"), called with a `Comm` and `given`, returns on each of several ranks.
+
+        A call that is left before it has its answer, as by the time limit of a test, ends what it began.
+
+        Args:
+            products: whether matrix products, convolutions and attention are computed, or are zeros of their shapes.
 
         Raises:
             RuntimeError: a rank fails, with its traceback.
         """
+        if self._process.poll() is not None:
+            self._process = self._started()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps([function, ranks, given]), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
+        try:
+            print(json.dumps([function, ranks, products, given]), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BaseException:
+            self._end()  # the next call would take the answer for its own
+            raise
         if not answer:
             raise RuntimeError(f"the process with the pretend GPU has ended: {self._process.wait()}")
         found = json.loads(answer)
@@ -65,9 +86,13 @@ class PretendGpu:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._end()
+
+    def _end(self) -> None:
+        """Ends it with its forks, whatever they do: nobody waits for that any more."""
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
 
 
 def serve() -> None:
@@ -83,11 +108,13 @@ def serve() -> None:
     from tests.processes import free_address
 
     for line in sys.stdin:
-        function, ranks, given = json.loads(line)
+        function, ranks, products, given = json.loads(line)
+        how = nullcontext if products else pretend.without_products
         with tempfile.TemporaryDirectory() as folder:
             address = free_address()
             places = [(rank, ranks, address, Path(folder) / str(rank)) for rank in range(ranks)]
-            _wait_for([_fork(function, given, place) for place in places])
+            with how():  # a fork takes it along
+                _wait_for([_fork(function, given, place) for place in places])
             found = [json.loads(at.read_text()) if at.exists() else {"failed": "it died"} for *_, at in places]
         print(json.dumps(found), file=answers, flush=True)
 

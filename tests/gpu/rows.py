@@ -1,4 +1,5 @@
-"""k-means, the k-NN graph and exact search on the pretend GPU: what they ask for, and whether their bits are the CPU's.
+"""k-means, the k-NN graph, exact search and retrieval scores on the pretend GPU: what they ask for, and whether their
+bits are the CPU's.
 
 Triton's kernel cannot run here: torch computes what it would.
 """
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grappa_dist import class_ranks
+from grappa_dist.class_ranks import Gallery, score_queries, unit_on_grid
 from grappa_dist.config import ClusteringConfig
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.sharded_rows import Rows, join_rows
@@ -28,7 +31,7 @@ from grappa_dist.retrieval.nearest import nearest
 from grappa_dist.search import backends, triton_topk
 from grappa_dist.search.fixed_point import to_grid
 from tests.gpu.counting import Counts, counting
-from tests.gpu.workloads import CUDA
+from tests.gpu.pretend import CUDA
 
 METHODS: dict[str, dict[str, Any]] = {
     "exact": {"method": "exact"},
@@ -163,4 +166,62 @@ def differing_graphs(comm: Comm) -> list[str]:
     if comm.size == 1:
         here, there = (nearest(x[:50], [x[:400], x[400:]], {7}, NEAR, torch.device(name)) for name in ("cuda", "cpu"))
         wrong += ["search"] * (not np.array_equal(here[0], there[0]) or not np.array_equal(here[1], there[1]))
+    return wrong
+
+
+def labelled_rows(kind: str, num: int, dim: int, most: int = 60) -> tuple[Tensor, Tensor]:
+    """Rows on the grid (num, dim), in groups, with many equal ones or nearly all alike, and their classes (num,), which
+    are uneven and so many at most."""
+    draws = torch.Generator().manual_seed(1)
+    x = torch.from_numpy(drawn(num, dim, 40))
+    if kind == "equal":
+        x = x[torch.randint(num // 4, (num,), generator=draws)]
+    elif kind == "alike":
+        x = unit_on_grid(torch.ones(num, dim) + 2.0**-22 * x)
+    classes = (most * torch.rand(num, generator=draws) ** 2).long()
+    return x, classes.unique(return_inverse=True)[1]
+
+
+def scores_counts(
+    comm: Comm,
+    num: int = 1024,
+    dim: int = 32,
+    classes: int = 60,
+    block_rows: int | None = 512,
+    tile_rows: int | None = 256,
+) -> dict[str, Any]:
+    """All rows of a task as queries, in blocks, and what comes second: a tile of the gallery that all blocks meet, or
+    with small classes the second block and itself."""
+    x, labels = labelled_rows("groups", num, dim, classes)
+    with counting() as whole, counting() as meter:
+        gallery = Gallery.of(labels, x.__getitem__, CUDA, dim=dim, held_bytes=x.nbytes)
+        places, tiles = gallery.queries_of(comm.rank, comm.size), list[Counts]()
+        units = torch.zeros(len(places), 3, dtype=torch.int64)
+        for _ in score_queries(gallery, places, units, block_rows=block_rows, tile_rows=tile_rows):
+            tiles.append(meter.take())
+    found = {"second": tiles[1].as_json(), "whole": whole.counts.as_json()}
+    return {**found, "report": whole.counts.report(40), "second_report": tiles[1].report(40)}
+
+
+def scored(comm: Comm, x: Tensor, classes: Tensor, device: torch.device, *, held: bool) -> list[list[int]]:
+    """The place and the metrics of each query of a rank, in units, by tiles and blocks."""
+    gallery = Gallery.of(classes, x.__getitem__, device, dim=x.shape[1], held_bytes=x.nbytes if held else 0)
+    places = gallery.queries_of(comm.rank, comm.size)
+    units = torch.zeros(len(places), 3, dtype=torch.int64)
+    for _ in score_queries(gallery, places, units, block_rows=120, tile_rows=130):
+        pass
+    return torch.cat([places[:, None], units], 1).tolist()
+
+
+def differing_scores(comm: Comm) -> list[str]:
+    """The rows, and the ways to score them, that have other metrics on the device than on a CPU."""
+    wrong = []
+    for kind in ("groups", "equal", "alike"):
+        x, classes = labelled_rows(kind, 220, 16)
+        expected = scored(comm, x, classes, torch.device("cpu"), held=True)
+        ways = {"held": 64, "read": 64, "one class after the other": 1}  # and the least size of such classes
+        for name, size in ways.items():
+            with patch.object(class_ranks, "_SMALL_CLASS", size):
+                found = scored(comm, x, classes, CUDA, held=name != "read")
+            wrong += [f"{kind}, {name}"] * (found != expected)
     return wrong

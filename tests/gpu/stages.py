@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from grappa_dist import pipeline
+from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.runner import Job
 from grappa_dist.export import load_model
+from grappa_dist.models.spec import ModelSpec
+from grappa_dist.stages import evaluate
 from grappa_dist.stages.adapt_job import train_adaptors
+from grappa_dist.stages.embed import embed, feature_rows, features_of
 from grappa_dist.stages.fuse import train_fusion
+from grappa_dist.stages.ground_truth import ground_truth_of, write_ground_truth
+from tests.gpu.counting import Counts, counting
 from tests.gpu.rows import differing_graphs, differing_methods, kernel_by_torch
-from tests.gpu.workloads import CUDA, context_of, folder_of, made_once
+from tests.gpu.workloads import CUDA, SHALLOW, context_of, folder_of, made_once, settings_of
 from tests.stages import multi_set, test_fuse, tiny
 
 VARIANTS = ("average", "gallery", "transforms", "neighbours", "random-all", "supervised")
@@ -87,6 +95,43 @@ def whole_run(comm: Comm) -> dict[str, Any]:
         return {"asked": here.asked, "scores": list(finished.rows), "apart": apart}
 
 
+def evaluate_job(folder: Path, comm: Comm) -> evaluate.EvaluateJob:
+    """The backbone and an average of two sets, whose features are there."""
+    settings = settings_of(folder, {"depth": SHALLOW, "image_size": tiny.SIZE_PX})
+    given: dict[str, Any] = {"label": lambda row: str(row % tiny.GROUPS), "task": lambda row: ("even", "odd")[row % 2]}
+    images = ImageShards.open(tuple(tiny.write_shards(folder / "labelled", bad=(), **given)), None)
+    run = tiny.run_in(settings, folder / "run", OnDevice(comm=comm))
+    store = run.store
+    sets = tuple(tiny.random_adaptors(store, settings, seed) for seed in (1, 2))
+    ground_truth, models = ground_truth_of(store, images, labelled=True), []
+    write_ground_truth(run, images, ground_truth, "evaluate")
+    for spec in (
+        ModelSpec("backbone", settings.backbone),
+        ModelSpec("average", settings.backbone, settings.adapt.bottleneck, sets),
+    ):
+        features = features_of(store, spec, settings.embed, images)
+        embed(run, images, spec, features)
+        scores = evaluate.scores_of(store, ground_truth, spec.name, features)
+        insight = evaluate.insight_of(store, ground_truth, spec.name, settings.evaluate, settings.seed, features)
+        models.append(evaluate.ModelTask(spec, feature_rows(images, features), scores, insight))
+    return evaluate.EvaluateJob(images, np.zeros(0, np.int64), ground_truth, tuple(models), settings)
+
+
+def evaluate_counts(comm: Comm) -> dict[str, Any]:
+    """The stage for one model of two tasks, the second one, with its figures without labels."""
+    with folder_of(comm) as folder:
+        job = evaluate_job(folder, comm)
+        models = list[Counts]()
+        with counting() as meter:
+
+            def done(progress: Any) -> None:
+                models.append(meter.take())
+
+            with patch.object(evaluate._Progress, "model_done", done):
+                evaluate.evaluate_models(context_of(comm), job)
+    return {"model": models[1].as_json(), "report": models[1].report(40)}
+
+
 def losses_of_adapt(comm: Comm, names: list[str]) -> dict[str, list[float]]:
     """The loss of every step of each job, which is stopped by its last rank and goes on from its checkpoint."""
     with folder_of(comm) as folder:
@@ -124,6 +169,12 @@ def on_ranks(comm: Comm, adapt: list[str], fuse: list[str], methods: list[str]) 
         "methods": differing_methods(comm, methods, kernel=True),
         "graphs": differing_graphs(comm),
     }
+
+
+def lasting(comm: Comm, seconds: float) -> float:
+    """Takes this long."""
+    time.sleep(seconds)
+    return seconds
 
 
 def refused(comm: Comm) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.stages.adapt_job import train_adaptors
 from grappa_dist.stages.fuse import train_fusion
+from tests.gpu.guard import why_not
 from tests.gpu.process import PretendGpu
 from tests.processes import run_ranks
 from tests.stages import multi_set, test_fuse, tiny
@@ -38,6 +42,33 @@ def test_it_refuses_what_cuda_refuses_and_nothing_else(gpu: PretendGpu) -> None:
     }
 
 
+class Left(Exception):
+    """A call is left, as one is by the time limit of a test."""
+
+
+@pytest.mark.slow
+def test_a_call_that_is_left_ends_what_it_began_and_the_next_one_has_its_own_answer() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+
+    def leave(*signalled: Any) -> None:
+        raise Left
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    alarm = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        with PretendGpu() as gpu:
+            first = gpu.pid
+            alarm.start()
+            with pytest.raises(Left):
+                gpu.run("tests.gpu.stages:lasting", seconds=3600)
+            assert gpu.run("tests.gpu.stages:lasting", seconds=0) == [0]
+            assert gpu.pid != first
+    finally:
+        alarm.cancel()
+        signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [True, False])
 def test_k_means_has_the_bits_of_the_cpu(gpu: PretendGpu, kernel: bool) -> None:
@@ -47,6 +78,10 @@ def test_k_means_has_the_bits_of_the_cpu(gpu: PretendGpu, kernel: bool) -> None:
 
 def test_k_nn_graphs_and_searches_have_the_bits_of_the_cpu(gpu: PretendGpu) -> None:
     assert gpu.run("tests.gpu.rows:differing_graphs") == [[]]
+
+
+def test_retrieval_scores_have_the_bits_of_the_cpu(gpu: PretendGpu) -> None:
+    assert gpu.run("tests.gpu.rows:differing_scores") == [[]]
 
 
 @pytest.mark.slow

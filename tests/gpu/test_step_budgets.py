@@ -27,7 +27,7 @@ def check(found: dict[str, Any], budget: Budget) -> None:
 
 @pytest.mark.parametrize(
     ("sets", "ranks", "budget"),
-    [(1, 1, (0, 3, 295)), (8, 1, (0, 3, 1281)), pytest.param(8, 2, (0, 3, 1364), marks=pytest.mark.slow)],
+    [(1, 1, (0, 3, 273)), (8, 1, (0, 3, 1261)), pytest.param(8, 2, (0, 3, 1343), marks=pytest.mark.slow)],
 )
 def test_a_step_of_adaptors_asks_for_no_more_than_its_budget(
     gpu: PretendGpu, sets: int, ranks: int, budget: Budget
@@ -81,6 +81,48 @@ def test_a_part_of_a_method_of_clustering_asks_for_no_more_than_its_budget(
 def test_the_k_nn_graph_of_two_blocks_asks_for_no_more_than_its_budget(gpu: PretendGpu) -> None:
     (found,) = gpu.run("tests.gpu.rows:knn_counts")
     check(found["graph"], (6, 10, 232))  # four of the copies are counts of a few bytes
+
+
+@pytest.mark.parametrize(
+    ("classes", "second", "whole"),
+    [
+        (60, (11, 3, 294), (47, 173, 1734)),  # two blocks and four tiles; nearly all copies are of the classes' places
+        (300, (6, 0, 192), (33, 129, 1048)),  # small classes alone: the two blocks meet each other
+    ],
+)
+def test_scores_of_a_task_ask_for_no_more_than_their_budget(
+    gpu: PretendGpu, classes: int, second: Budget, whole: Budget
+) -> None:
+    (found,) = gpu.run("tests.gpu.rows:scores_counts", classes=classes)
+    check(found["second"], second)
+    check(found["whole"], whole)
+
+
+@pytest.mark.slow
+def test_the_evaluation_of_a_model_asks_for_no_more_than_its_budget(gpu: PretendGpu) -> None:
+    (found,) = gpu.run("tests.gpu.stages:evaluate_counts")
+    check(found["model"], (21, 34, 388))  # of two tasks, with its figures without labels
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("embed", {"sets": 2, "image_size": 48}),
+        pytest.param("adapt", {"sets": 2, "image_size": 32}, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_counted_depends_on_no_products_values_and_operations_on_no_size(
+    gpu: PretendGpu, name: str, given: dict[str, Any]
+) -> None:
+    def figures(*, products: bool, **given: Any) -> dict[str, Any]:
+        (found,) = gpu.run(f"tests.gpu.workloads:{name}_counts", products=products, **given)
+        return {key: found["quiet"][key] for key in ("operations", "waits", "flops", "bytes_moved", "limit_s")}
+
+    computed, zeros = (figures(products=products, **given) for products in (True, False))
+    smaller = figures(products=False, **{**given, "image_size": 16})
+    assert zeros == computed
+    assert (smaller["operations"], smaller["waits"]) == (zeros["operations"], zeros["waits"])
+    assert 0 < smaller["flops"] < zeros["flops"]
 
 
 @pytest.mark.long
