@@ -5,7 +5,6 @@ Shapes: n images, K clusters, D channels, W workers, R ranks of a job.
 
 from __future__ import annotations
 
-import copy
 import heapq
 import os
 import shutil
@@ -27,7 +26,6 @@ from grappa_dist.distributed.preflight import free_memory
 from grappa_dist.kmeans.methods import CENTROID_BYTES, RankMemory, centroid_shards, fit_pairs, may_shard_centroids
 from grappa_dist.kmeans.methods import choose as choose_method
 from grappa_dist.layout import on_pairs
-from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.models.spec import build_backbone
 from grappa_dist.progress import duration
 from grappa_dist.rates import Rates, measure, some_images, store_rates, stored_rates
@@ -36,7 +34,7 @@ from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.fuse import projector_bytes
 from grappa_dist.stages.pseudo_label import num_labels
 from grappa_dist.training.batches import rank_share, steps_per_epoch
-from grappa_dist.training.memory import LAYERS_AT_WORK, image_bytes, micro_batch_size
+from grappa_dist.training.memory import LAYERS_AT_WORK, micro_batch_size
 
 # Seconds that hardly depend on the sizes, on a CPU core: Ray and its workers until the first task; a job until its
 # first step, with its checkpoints; an iteration of k-means beside its products; a model's scores; the report.
@@ -296,7 +294,7 @@ def expected(
         with measuring():
             rates = measure(config, len(ks), backbone, files, fuses=bool(on_pairs(config, len(ks))))
         store_rates(root, rates)
-    return Estimator(config, work, rates, rates.channels)
+    return Estimator(config, work, rates, rates.sizes.channels)
 
 
 @dataclass(frozen=True)
@@ -327,14 +325,13 @@ class Needs:
             yield "warning: the disk is too small for that: choose another run directory (--out)"
 
 
-def needs(estimator: Estimator, root: Path, backbone: Backbone, *, sharded_bytes: int = 0) -> Needs:
+def needs(estimator: Estimator, root: Path, *, sharded_bytes: int = 0) -> Needs:
     """Memory and disk of a run on this machine.
 
     Args:
-        backbone: which is not changed; it may have no values (the meta device).
         sharded_bytes: of images that become shards in the run directory.
     """
-    found = _memory(estimator, backbone)
+    found = _memory(estimator)
     stage = max(found, key=lambda name: found[name])
     on_gpu, cores = may_have_gpus(estimator.config.resources), len(os.sched_getaffinity(0))
     here = min(estimator.workers, max(1, torch.cuda.device_count() if on_gpu else cores))
@@ -343,24 +340,22 @@ def needs(estimator: Estimator, root: Path, backbone: Backbone, *, sharded_bytes
     return Needs(found[stage], stage, here, free_memory(), _disk(estimator) + sharded_bytes, free)
 
 
-def _memory(estimator: Estimator, backbone: Backbone) -> dict[str, int]:
+def _memory(estimator: Estimator) -> dict[str, int]:
     """Bytes of a worker by stage; on a GPU only what is in the memory of the machine."""
     config, dim, work = estimator.config, estimator.dim, estimator.work
     adapt, fuse, ranks = config.adapt, config.fuse, ranks_of(config.resources, estimator.workers)
-    weights, side = 4 * sum(p.numel() for p in backbone.parameters()), backbone.preprocess.image_size
+    sizes = estimator.rates.sizes
     readers = WorkerParts.here(config.resources).decode_threads
-    batches = 5 * 3 * side**2 * readers  # pixels read ahead, as bytes and once as floats
-    base, ks = WORKER_BYTES + weights, sorted(work.labels or work.sets, reverse=True)
+    batches = 5 * 3 * sizes.image_size**2 * readers  # pixels read ahead, as bytes and once as floats
+    base, ks = WORKER_BYTES + 4 * sizes.weights, sorted(work.labels or work.sets, reverse=True)
     found = {
         "embed": base + config.embed.batch_size * batches,
         "pseudo_label": base + (centroid_bytes(config, ks[0], work.rows, dim) if ks else 0),
     }
     if may_have_gpus(config.resources):
         return found
-    with torch.device(backbone.mean.device):
-        model = PackedGrappa(copy.deepcopy(backbone), 1, adapt.bottleneck)  # wraps the blocks in place
-    image, layers = image_bytes(model, recompute=adapt.activation_checkpointing), len(model.layers)
-    of_layer = image_bytes(model, recompute=False) // (layers + LAYERS_AT_WORK - 1)
+    image = sizes.image_bytes(recompute=adapt.activation_checkpointing)
+    of_layer = sizes.image_bytes(recompute=False) // (sizes.layers + LAYERS_AT_WORK - 1)
     found["embed"] += config.embed.batch_size * 2 * of_layer
     per_job = 1 if adapt.sets_per_job == "auto" else min(adapt.sets_per_job, max(1, len(ks)))
     share = rank_share(adapt.global_batch, ranks, config.data.streams)

@@ -1,12 +1,12 @@
 """What a run would do: how long it takes, its stages, what is reused, jobs with their workers and steps, sizes.
 
-Writes nothing. A timm backbone is built without its weights, which gives its shapes. Any other backbone is built only
+Writes nothing. Where a run has tried the backbone and stored its sizes, nothing is built: importing timm takes longer
+than all the rest. Else a timm backbone is built without its weights, which gives its shapes, and any other one only
 where it is measured: without that its number of channels is known only where features exist.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,10 +43,10 @@ from grappa_dist.files import map_array
 from grappa_dist.inputs import Inputs, look
 from grappa_dist.inputs.growing import images_per_shard
 from grappa_dist.layout import lay_out, on_pairs
-from grappa_dist.models import Backbone, PackedGrappa
+from grappa_dist.models import Backbone
 from grappa_dist.models.backbone import check_name, check_weights
 from grappa_dist.models.spec import build_backbone, check_checkpoint
-from grappa_dist.models.trial import check_shapes
+from grappa_dist.models.trial import Verdict, check_shapes, known_verdict
 from grappa_dist.progress import duration
 from grappa_dist.rates import SAMPLES, Rates, measure, some_images, stored_rates
 from grappa_dist.stages.bad_rows import check_bad_share
@@ -58,7 +58,7 @@ from grappa_dist.stages.pseudo_label import check_slices, describe_choices, num_
 from grappa_dist.stages.run import place_of
 from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheaper, whole_cost
 from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
-from grappa_dist.training.memory import image_bytes, micro_batch_size
+from grappa_dist.training.memory import ModelSizes, micro_batch_size
 
 DIM = 384  # channels for which sizes are given where the backbone's are not known
 CORE_FLOPS = 3.7e10  # rate of a CPU core in the classifier, Adam included; measured, docs/scale.md
@@ -71,8 +71,10 @@ def plan(config: Config, root: Path, *, measured: bool = False) -> str:
         measured: whether this machine is measured, for some ten seconds, where no run has stored its rates; without
             rates the plan does not say how long the run takes.
     """
-    check_name(config.backbone.name, config.backbone.kwargs)
-    return f"{_table(config, root, measured=measured)}\n\n{config.yaml()}"
+    tried = known_verdict(config.backbone, root / "index")
+    if tried is None:
+        check_name(config.backbone.name, config.backbone.kwargs)
+    return f"{_table(config, root, tried, measured=measured)}\n\n{config.yaml()}"
 
 
 @dataclass(frozen=True)
@@ -110,34 +112,33 @@ def _images(config: Config, store: Store, inputs: Inputs, lines: list[str]) -> _
     return _Images({"train": len(train), "test": len(flow.test)}, flow, files=some_images(train))
 
 
-def _table(config: Config, root: Path, *, measured: bool) -> str:
+def _table(config: Config, root: Path, tried: Verdict | None, *, measured: bool) -> str:
     lines = [f"run directory  {place_of(root)}", f"workers        {_workers(config.resources)}"]
-    backbone = _without_weights(config.backbone)
+    backbone = _without_weights(config.backbone) if tried is None else None
     inputs = look(config, root, log=lines.append)
     config = _to_be(inputs)
     images = _images(config, Store(root), inputs, lines)
     sizes, flow = images.sizes, images.flow
     check_slices(config.resources, flow.labels.values() if flow else None, len(flow.train.shards) if flow else None)
     ks = num_labels(config.clustering, sizes["train"])
-    rates = stored_rates(root, config, len(ks))
-    built = build_backbone(config.backbone, pretrained=False) if measured and rates is None else None
-    backbone = backbone or built
-    width = _known_width(backbone, flow.features if flow else ())
-    dim = width or DIM
-    lines += [*_describe_backbone(config.backbone, backbone, width), *_look_ahead(config)]
-    if rates is not None:
-        lines += _takes(config, root, images, rates, dim, backbone, "by rates that were measured here before")
-    elif built is not None:
+    rates, how = stored_rates(root, config, len(ks)), "by rates that were measured here before"
+    if rates is None and measured:
+        built = build_backbone(config.backbone, pretrained=False)
         rates = measure(config, len(ks), built, images.files, fuses=bool(on_pairs(config, len(ks))))
         how = f"by rates measured on this machine in {duration(rates.measured_s)}"
-        lines += _takes(config, root, images, rates, dim, backbone, how)
+    model = rates.sizes if rates is not None else _model_sizes(config, backbone)
+    width = _known_width(model, flow.features if flow else ())
+    dim = width or DIM
+    lines += [*_describe_backbone(config.backbone, model, width), *_look_ahead(config, tried)]
+    if rates is not None:
+        lines += _takes(config, root, images, rates, dim, how)
     for name, text, artifacts in _stages(config, flow, sizes, ks, dim):
         makes = name != "fuse" or bool(on_pairs(config, len(ks)))
         lines.append(f"{name:<14} {text}; {_reuse(artifacts)}" if makes else f"{name:<14} {text}")
         if name == "pseudo_label":
             lines += [f"{'':<14} {line}" for line in describe_choices(config.clustering, ks, sizes["train"])]
         if name == "adapt":
-            lines += [f"{'':<14} {line}" for line in _describe_adapt(config, len(ks), backbone)]
+            lines += [f"{'':<14} {line}" for line in _describe_adapt(config, len(ks), model)]
         if idle := describe_idle_ranks(config.data, _ranks_of_stage(name, config.resources)):
             lines.append(f"{'':<14} {idle}")
     return "\n".join([*lines, *_costs(config, sizes["train"], ks, dim), _classifiers(config, ks, dim)])
@@ -151,9 +152,7 @@ def _to_be(inputs: Inputs) -> Config:
     return inputs.given.model_copy(update={"data": inputs.given.data.model_copy(update={"test": test})})
 
 
-def _takes(
-    config: Config, root: Path, images: _Images, rates: Rates, dim: int, backbone: Backbone | None, how: str
-) -> Iterator[str]:
+def _takes(config: Config, root: Path, images: _Images, rates: Rates, dim: int, how: str) -> Iterator[str]:
     """How long the run takes and what it needs, and warnings.
 
     Args:
@@ -169,8 +168,7 @@ def _takes(
     other = "; the machines of the cluster may be others, and more" if os.environ.get("RAY_ADDRESS") else ""
     yield f"time           {total}, {how}{other}"
     yield f"{'':<14} {of_stages}"
-    if backbone is not None:
-        yield from needs(estimator, root, backbone, sharded_bytes=images.missing * images.mean_bytes).lines()
+    yield from needs(estimator, root, sharded_bytes=images.missing * images.mean_bytes).lines()
     if warning := dominating(estimator):
         yield warning
 
@@ -241,17 +239,22 @@ def _without_weights(config: BackboneConfig) -> Backbone | None:
     return backbone
 
 
-def _describe_backbone(config: BackboneConfig, model: Backbone | None, width: int | None) -> Iterator[str]:
+def _model_sizes(config: Config, backbone: Backbone | None) -> ModelSizes | None:
+    """Of a timm model, which is built where it is not given; None for any other backbone."""
+    backbone = backbone or _without_weights(config.backbone)
+    return None if backbone is None else ModelSizes.of(backbone, config.adapt.bottleneck)
+
+
+def _describe_backbone(config: BackboneConfig, sizes: ModelSizes | None, width: int | None) -> Iterator[str]:
     """Channels and preprocessing of a known backbone, with the values that the settings leave to timm.
 
     Args:
         width: channels, if they are known.
     """
-    if model is not None:
-        given = model.preprocess
+    if sizes is not None:
         yield (
-            f"backbone       {config.name}: {model.embed_dim} channels; image_size={given.image_size}, "
-            f"resize={given.resize}, interpolation={given.interpolation}"
+            f"backbone       {config.name}: {sizes.channels} channels; image_size={sizes.image_size}, "
+            f"resize={sizes.resize}, interpolation={sizes.interpolation}"
         )
     elif width is not None:
         yield f"backbone       {config.name}: {width} channels, by its features"
@@ -259,21 +262,26 @@ def _describe_backbone(config: BackboneConfig, model: Backbone | None, width: in
         yield f"backbone       {config.name}: not built for this plan; sizes below are those of {DIM} channels"
 
 
-def _look_ahead(config: Config) -> Iterator[str]:
+def _look_ahead(config: Config, tried: Verdict | None) -> Iterator[str]:
     """What a run would find of weights. Loads the weights of a timm model from a file, to see that they fit.
+
+    Args:
+        tried: what an earlier run has found of the backbone, whose weights it had.
 
     Raises:
         ValueError: the checkpoint cannot be used.
     """
-    yield from (f"warning: {remark}" for remark in check_checkpoint(config.backbone))
-    if config.backbone.checkpoint is None and not check_weights(config.backbone.name, download=False):
+    remarks = check_checkpoint(config.backbone) if tried is None else tried.warnings
+    yield from (f"warning: {remark}" for remark in remarks)
+    unchecked = tried is None and config.backbone.checkpoint is None
+    if unchecked and not check_weights(config.backbone.name, download=False):
         yield f"{'':<14} its weights are not in the local cache: a run downloads them"
 
 
-def _known_width(model: Backbone | None, features: Sequence[Artifact]) -> int | None:
-    """Channels of the backbone: of the model, else of features that exist, else None."""
-    if model is not None:
-        return model.embed_dim
+def _known_width(sizes: ModelSizes | None, features: Sequence[Artifact]) -> int | None:
+    """Channels of the backbone: as they are known, else of features that exist, else None."""
+    if sizes is not None:
+        return sizes.channels
     done = next((artifact for artifact, there in zip(features, finished(features), strict=True) if there), None)
     return None if done is None else int(map_array(done.path / ROWS_FILE).shape[1])
 
@@ -287,11 +295,8 @@ def _describe_jobs(config: Config, num_sets: int) -> str:
     return f"{packed}{pluralize(-(-num_sets // per_job), 'job')} of {pluralize(ranks, 'rank')}"
 
 
-def _describe_adapt(config: Config, num_sets: int, backbone: Backbone | None) -> Iterator[str]:
-    """How jobs are placed, if the number of workers is known; the memory of a step, if the backbone is.
-
-    Args:
-        backbone: without weights; it is not changed.
+def _describe_adapt(config: Config, num_sets: int, sizes: ModelSizes | None) -> Iterator[str]:
+    """How jobs are placed, if the number of workers is known; the memory of a step, if the backbone's sizes are.
 
     Raises:
         ValueError: a job has more ranks than there are workers.
@@ -302,28 +307,26 @@ def _describe_adapt(config: Config, num_sets: int, backbone: Backbone | None) ->
         check_capacity(workers, ranks)
     if workers is not None and per_job != "auto":
         yield f"on {pluralize(workers, 'worker')}: {describe_placement(-(-num_sets // per_job), workers, ranks)}"
-    if backbone is not None:
+    if sizes is not None:
         if per_job == "auto":
-            of_one = _describe_memory(config, backbone, 1, ranks)
+            of_one = _describe_memory(config, sizes, 1, ranks)
             yield f"{of_one}; counted for one set, of which auto may put several in a job"
         else:
-            yield _describe_memory(config, backbone, min(per_job, num_sets), ranks)
+            yield _describe_memory(config, sizes, min(per_job, num_sets), ranks)
 
 
-def _describe_memory(config: Config, backbone: Backbone, num_sets: int, ranks: int) -> str:
+def _describe_memory(config: Config, sizes: ModelSizes, num_sets: int, ranks: int) -> str:
     """Activations of an image in a step, counted on a model as for the automatic batch size."""
     adapt = config.adapt
-    with torch.device(backbone.mean.device):  # meta, unless it was built to be measured
-        model = PackedGrappa(copy.deepcopy(backbone), 1, adapt.bottleneck)  # wraps the blocks in place
     recomputes = adapt.activation_checkpointing
-    each, other = (image_bytes(model, recompute=recompute) for recompute in (recomputes, not recomputes))
+    each, other = (sizes.image_bytes(recompute=recompute) for recompute in (recomputes, not recomputes))
     share = rank_share(adapt.global_batch, ranks, config.data.streams)
     at_once, fewer = share, "; adapt.micro_batch=auto takes fewer at a time where that does not fit"
     if adapt.micro_batch != "auto":
         on_gpu = may_have_gpus(config.resources)
         at_once, fewer = micro_batch_size(adapt.micro_batch, share, num_sets, on_gpu=on_gpu), ""
     total = each * at_once * num_sets / 2**30
-    whole = f"all tokens ({model.whole_because})" if model.whole_because else "the class token alone"
+    whole = f"all tokens ({sizes.whole_because})" if sizes.whole_because else "the class token alone"
     return (
         f"activations in float32, those of a layer at work among them: {each / 2**20:.1f} MiB an image and set "
         f"({other / 2**20:.1f} with{'out' * recomputes} adapt.activation_checkpointing), {total:.1f} GiB a rank for "

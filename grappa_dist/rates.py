@@ -32,6 +32,7 @@ from grappa_dist.distributed.placement import WorkerParts, known_workers, may_ha
 from grappa_dist.files import read_json, write_json
 from grappa_dist.models import Backbone, Grappa, PackedGrappa
 from grappa_dist.models.spec import backbone_settings
+from grappa_dist.training.memory import ModelSizes
 from grappa_dist.training.optim import Lars
 
 RATES_FILE = "rates.json"  # of a run, in its directory
@@ -55,7 +56,7 @@ class Rates:
     fused_s: float  # an image of a step of a fusion: forward and backward
     flops: float  # per second, of float32 matrix products
     weight_s: float  # a weight of an optimizer's step
-    channels: int  # D
+    sizes: ModelSizes  # of the backbone that was measured
     on_gpu: bool  # decoding runs beside the rest there, and takes time from it on a CPU
     of: str  # what was measured: settings and machine, as a fingerprint
     measured_s: float
@@ -76,7 +77,8 @@ def stored_rates(root: Path, config: Config, num_sets: int) -> Rates | None:
     """The rates that an earlier run measured on this machine with the same models; None: there are none."""
     try:
         found = read_json(root / RATES_FILE)
-        rates = Rates(**{field.name: found[field.name] for field in fields(Rates)})
+        sizes = ModelSizes(**found["sizes"])
+        rates = Rates(**{field.name: found[field.name] for field in fields(Rates)} | {"sizes": sizes})
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return rates if rates.of == measured_settings(config, num_sets) else None
@@ -104,6 +106,7 @@ def measure(config: Config, num_sets: int, backbone: Backbone, files: Sequence[b
     began = time.monotonic()
     on_gpu = may_have_gpus(config.resources) and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
+    sizes = ModelSizes.of(backbone.to(device), config.adapt.bottleneck)
     with _threads_of_a_worker(config.resources):
         bench = _Bench(device, workers_here(config.resources))
         readers = WorkerParts.here(config.resources).decode_threads if on_gpu else 1  # beside each other in a worker
@@ -126,7 +129,7 @@ def measure(config: Config, num_sets: int, backbone: Backbone, files: Sequence[b
         fused_s=fused_s,
         flops=flops,
         weight_s=weight_s,
-        channels=backbone.embed_dim,
+        sizes=sizes,
         on_gpu=on_gpu,
         of=measured_settings(config, num_sets),
         measured_s=time.monotonic() - began,

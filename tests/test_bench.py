@@ -11,11 +11,13 @@ from PIL import Image
 from grappa_dist import bench
 from grappa_dist.console import pluralize
 from grappa_dist.rates import Rates
+from grappa_dist.training.memory import ModelSizes
 
 
 def test_a_machine_is_as_fast_as_all_its_workers_at_once() -> None:
     seconds = dict.fromkeys(("decode_s", "augment_s", "forward_s", "adapted_s", "shared_s", "set_s", "fused_s"), 0.5)
-    rates = Rates(**seconds, channels=8, flops=1e10, weight_s=1e-9, on_gpu=False, of="", measured_s=1.0)
+    sizes = ModelSizes(8, 8, "crop", "bicubic", 1, 1, 1, 1, "")
+    rates = Rates(**seconds, sizes=sizes, flops=1e10, weight_s=1e-9, on_gpu=False, of="", measured_s=1.0)
     found = {speed.what: speed.per_s for speed in bench._speeds(rates, 4, "noise", 3)}
     assert found["embed by the backbone"] == 8
     assert found["train an adaptor set"] == 4  # what is shared, and the set

@@ -15,10 +15,21 @@ from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.estimate import Estimator, describe_seconds, dominating, makespan, needs, work_ahead, work_of
 from grappa_dist.layout import lay_out
-from grappa_dist.models.spec import build_backbone
 from grappa_dist.rates import Rates
+from grappa_dist.training.memory import ModelSizes
 from tests.stages import tiny
 
+SIZES = ModelSizes(
+    channels=16,
+    image_size=8,
+    resize="crop",
+    interpolation="bicubic",
+    weights=10_000,
+    layers=2,
+    kept_image_bytes=100_000,
+    recomputed_image_bytes=50_000,
+    whole_because="",
+)
 RATES = Rates(
     decode_s=0.01,
     augment_s=0.02,
@@ -29,7 +40,7 @@ RATES = Rates(
     fused_s=0.3,
     flops=4e10,
     weight_s=1e-8,
-    channels=16,
+    sizes=SIZES,
     on_gpu=False,
     of="",
     measured_s=1.0,
@@ -148,10 +159,10 @@ def test_the_setting_that_dominates_is_named_with_a_cheaper_value() -> None:
 
 def test_memory_and_disk_are_held_against_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(resources={"workers": 1}, adapt={"global_batch": 512, "micro_batch": 512})
-    estimator, backbone = ahead(config), build_backbone(config.backbone)
+    estimator = ahead(config)
     root = tmp_path / "not" / "there"
     monkeypatch.setattr(estimate, "free_memory", lambda: 2**40)
-    found = needs(estimator, root, backbone, sharded_bytes=10**9)
+    found = needs(estimator, root, sharded_bytes=10**9)
     assert not root.exists()
     assert (found.workers, found.worker > estimate.WORKER_BYTES) == (1, True)
     assert found.disk > 10**9
@@ -159,6 +170,6 @@ def test_memory_and_disk_are_held_against_what_is_free(tmp_path: Path, monkeypat
     monkeypatch.setattr(estimate, "free_memory", lambda: 2**20)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: usage(0, 0, 10**6))
-    text = "\n".join(needs(estimator, root, backbone, sharded_bytes=10**9).lines())
+    text = "\n".join(needs(estimator, root, sharded_bytes=10**9).lines())
     assert "warning: memory may not do for that: lower resources.workers" in text
     assert "warning: the disk is too small for that" in text

@@ -95,7 +95,7 @@ def test_a_run_keeps_the_rates_that_it_has_measured(done: tuple[FittedRun, str])
     config = read_config(run.root)
     found = rates.stored_rates(run.root, config, 1)
     assert found is not None
-    assert found.channels == 16
+    assert found.sizes.channels == 16
     assert "by rates that were measured here before" in plan(config, run.root)
 
 

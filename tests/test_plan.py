@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from grappa_dist import rates
 from grappa_dist.artifacts import Store
 from grappa_dist.config import BackboneConfig, Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
-from grappa_dist.models import Backbone, PackedGrappa
+from grappa_dist.models import Backbone, PackedGrappa, trial
 from grappa_dist.models.spec import build_backbone
 from grappa_dist.plan import plan
 from grappa_dist.rates import measure, store_rates
@@ -382,3 +385,35 @@ def test_a_plan_of_a_folder_of_images_says_how_long_it_takes_and_writes_nothing(
     assert "on 2 workers, by rates that were measured here before\n" in text
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
     assert "; the machines of the cluster may be others, and more\n" in plan(settings, tmp_path / "run")
+
+
+PLANNED = """
+import sys
+from pathlib import Path
+from grappa_dist.config import load
+from grappa_dist.plan import plan
+print(plan(load(sys.argv[1], []), Path(sys.argv[2]), measured=True), end="")
+print(*[name for name in ("timm", "torchvision", "torch._dynamo", "deepspeed", "faiss", "ray") if name in sys.modules])
+"""
+
+
+def test_a_plan_of_a_run_that_knows_its_backbone_says_the_same_and_imports_nothing_to_build_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "PART_S", 0.01)
+    monkeypatch.setattr(trial, "KEPT_FROM_S", 1e9)
+    weights, root = tmp_path / "vit.safetensors", tmp_path / "run"
+    save_file({**timm_vit(**TIMM_KWARGS).state_dict(), "decoder": torch.ones(1)}, weights)
+    timm = {"name": TIMM, "kwargs": TIMM_KWARGS, "image_size": 32, "checkpoint": str(weights)}
+    settings = tiny.config(tiny.write_shards(tmp_path / "images"), **SECTIONS, backbone=timm)
+    store_rates(root, measure(settings, 2, build_backbone(settings.backbone, pretrained=False), [], fuses=True))
+    built = plan(settings, root, measured=True).splitlines()
+    trial.verdict_of(settings.backbone, root / "index")
+    (tmp_path / "config.yaml").write_text(settings.yaml())
+    command = [sys.executable, "-c", PLANNED, str(tmp_path / "config.yaml"), str(root)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    *known, imported = done.stdout.splitlines()
+    assert [line for line in known if " free " not in line] == [line for line in built if " free " not in line]
+    assert any(line.startswith("warning: backbone.checkpoint=") for line in known)
+    assert any("activations in float32" in line for line in known)
+    assert imported == ""

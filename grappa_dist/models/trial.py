@@ -30,7 +30,7 @@ from grappa_dist.models.weights import listed, load_tensors, tensors_of
 
 VERDICT_FILE = "backbone.json"  # in the index folder of a run
 RULES = 2  # of what is refused: a verdict by earlier ones is not read again
-KEPT_FROM_S = 1.0  # a trial that takes longer is not made again
+KEPT_FROM_S = 1.0  # a trial of a user's own module that takes longer is not made again
 ROUNDING = 1e-5  # of the length of a feature: far above the rounding of one computation in another order
 ALIKE = 1e-3  # the same of two ways to compute it
 OTHER_CPU = 1e-5  # of a sum: values computed on a CPU of another kind differ by less
@@ -58,7 +58,9 @@ class Verdict:
 def verdict_of(
     config: BackboneConfig, index: Path, *, keep: bool = True, log: Callable[[str], None] = lambda text: None
 ) -> Verdict:
-    """As `try_backbone`; a verdict that took more than a second to find is read again by the next run.
+    """As `try_backbone`; the next run reads the verdict again if it is of a timm model or took more than a second.
+
+    Of a timm model also because a plan that knows it need not import timm, which takes seconds.
 
     Args:
         index: the index folder of the run.
@@ -68,16 +70,25 @@ def verdict_of(
     Raises:
         ValueError: the backbone cannot be used, and why.
     """
-    path = index / VERDICT_FILE
-    of = fingerprint({"backbone": backbone_settings(config), "versions": versions(), "rules": RULES})
+    path, of = index / VERDICT_FILE, _of(config)
     if known := _kept(path, of):
         return known
     log(f"backbone: building {config.name} and trying it on two images")
     began = time.monotonic()
     verdict = try_backbone(config)
-    if keep and time.monotonic() - began > KEPT_FROM_S:
+    if keep and (config.name.startswith("timm:") or time.monotonic() - began > KEPT_FROM_S):
         write_json(path, {"of": of, **asdict(verdict)})
     return verdict
+
+
+def known_verdict(config: BackboneConfig, index: Path) -> Verdict | None:
+    """The verdict that an earlier run has kept of that backbone, in these versions; builds and imports nothing."""
+    path = index / VERDICT_FILE
+    return _kept(path, _of(config)) if path.is_file() else None
+
+
+def _of(config: BackboneConfig) -> str:
+    return fingerprint({"backbone": backbone_settings(config), "versions": versions(), "rules": RULES})
 
 
 def _kept(path: Path, of: str) -> Verdict | None:

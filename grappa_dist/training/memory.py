@@ -8,6 +8,7 @@ it again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from grappa_dist.console import pluralize
 from grappa_dist.distributed.preflight import free_memory
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import read_json, write_json
-from grappa_dist.models import Grappa, PackedGrappa
+from grappa_dist.models import Backbone, Grappa, PackedGrappa
 from grappa_dist.models.packed import activation_bytes
 
 # Of free memory. On a CPU decoded images wait in it too, and there is no error when it is full.
@@ -99,6 +100,43 @@ def _kept_bytes(model: Trained, *, recompute: bool) -> int:
     finally:
         for layer, before in zip(layers, asked, strict=True):
             layer.recompute = before
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What there is to say of a backbone, and of a step with one adaptor set in it, without building them again."""
+
+    channels: int  # D
+    image_size: int  # pixels a side
+    resize: str
+    interpolation: str
+    weights: int  # numbers of the backbone
+    layers: int
+    kept_image_bytes: int  # of an image in a step, as `image_bytes` counts them
+    recomputed_image_bytes: int  # the same with adapt.activation_checkpointing
+    whole_because: str  # why the last block computes all tokens; "" where it computes the class token alone
+
+    @classmethod
+    def of(cls, backbone: Backbone, bottleneck: int) -> ModelSizes:
+        """Of a backbone on any device, which is not changed; it is called with one and two images."""
+        with torch.device(backbone.mean.device):
+            model = PackedGrappa(copy.deepcopy(backbone), 1, bottleneck)  # wraps the blocks in place
+        given = backbone.preprocess
+        return cls(
+            channels=backbone.embed_dim,
+            image_size=given.image_size,
+            resize=given.resize,
+            interpolation=given.interpolation,
+            weights=sum(parameter.numel() for parameter in backbone.parameters()),
+            layers=len(model.layers),
+            kept_image_bytes=image_bytes(model, recompute=False),
+            recomputed_image_bytes=image_bytes(model, recompute=True),
+            whole_because=model.whole_because,
+        )
+
+    def image_bytes(self, *, recompute: bool) -> int:
+        """What an image takes of memory in a step of one set."""
+        return self.recomputed_image_bytes if recompute else self.kept_image_bytes
 
 
 def even_size(count: int, most: int) -> int:

@@ -16,6 +16,7 @@ from grappa_dist.models.packed import activation_bytes
 from grappa_dist.training import memory
 from grappa_dist.training.memory import (
     AutomaticBatch,
+    ModelSizes,
     adapt_advice,
     automatic_batch_size,
     fuse_advice,
@@ -54,6 +55,22 @@ def test_an_image_takes_what_is_kept_and_one_layer_at_work() -> None:
     assert memory_budget(sparing, 7).image_bytes == kept_when_sparing + memory.LAYERS_AT_WORK * (kept // 2)
     assert all(layer.recompute for layer in sparing.layers)
     assert not any(layer.recompute for layer in plain.layers)
+
+
+def test_the_sizes_of_a_backbone_are_those_of_a_model_with_one_set_and_leave_it_as_it_is() -> None:
+    backbone = Backbone(create(), Preprocess(image_size=32, resize="squash"))
+    before = [type(block) for block in backbone.blocks]
+    sizes = ModelSizes.of(backbone, 3)
+    assert [type(block) for block in backbone.blocks] == before
+    assert (sizes.channels, sizes.layers) == (backbone.embed_dim, len(before))
+    assert (sizes.image_size, sizes.resize, sizes.interpolation) == (32, "squash", "bicubic")
+    assert sizes.weights == sum(parameter.numel() for parameter in backbone.parameters())
+    for recompute in (False, True):
+        of_model = memory_budget(
+            PackedGrappa(Backbone(create(), Preprocess(image_size=32)), 1, 3, recompute=recompute), 1
+        )
+        assert sizes.image_bytes(recompute=recompute) == of_model.image_bytes
+    assert sizes.image_bytes(recompute=True) < sizes.image_bytes(recompute=False)
 
 
 def limited(most: int, tried: list[int]) -> None:
