@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -24,10 +26,20 @@ _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.preloaded"
 DEATH_SEEN_S = 2.0  # after a failure, the wait for the death of a rank that may have caused it
 
 
+def free_ports(count: int) -> list[int]:
+    """Free ports below those that the system hands out by itself, so that no connection takes one before it is used."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(20000, 30000), 1000):
+        if len(ports) == count:
+            break
+        with socket.socket() as probe, suppress(OSError):  # taken
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports
+
+
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_ports(1)[0]}"
 
 
 def run_ranks(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,7 @@ import yaml
 
 from grappa_dist.distributed.runner import STOP_GRACE_S
 from tests.e2e import runs
+from tests.processes import free_ports
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -32,20 +31,10 @@ def _environment() -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "RAY_AUTH_MODE": "disabled", "PATH": path}
 
 
-def _free_ports(count: int) -> list[int]:
-    """Free ports below those that the system hands out by itself, so that no other part of Ray takes one meanwhile."""
-    ports: list[int] = []
-    for port in random.sample(range(20000, 30000), 200):
-        with socket.socket() as probe:
-            if len(ports) < count and probe.connect_ex(("127.0.0.1", port)) != 0:
-                ports.append(port)
-    return ports
-
-
 @pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
     """A head node of our own, with its own ports and temp folder; ended by its process group, not by `ray stop`."""
-    port, dashboard_port, client_port, agent_port = _free_ports(4)
+    port, dashboard_port, client_port, agent_port = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         start = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}", "--disable-usage-stats"]
         start += [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"]
