@@ -40,6 +40,7 @@ from grappa_dist.object_store import (
     patiently,
     status_of,
     store_of,
+    whole,
 )
 from grappa_dist.storage import LASTING, Result, described, tried_again
 
@@ -207,7 +208,7 @@ class Bucket:
 
     def read(self, name: str) -> bytes | None:
         """All bytes of a small object; None where there is none."""
-        data: bytes | None = self._call(f"{name} read", lambda fs, path: fs.cat_file(f"{path}/{name}"), missing=None)
+        data: bytes | None = self._call(f"{name} read", lambda fs, path: whole(fs, f"{path}/{name}"), missing=None)
         return data
 
     def write(self, name: str, data: bytes) -> None:

@@ -107,6 +107,19 @@ def store_of(url: str) -> tuple[Any, str]:
     return found
 
 
+def whole(fs: Any, name: str) -> bytes:
+    """All bytes of a small object.
+
+    Raises:
+        BrokenAnswer: fewer or more came than the store says it has; a caller that asks `patiently` asks again.
+    """
+    data: bytes = fs.cat_file(name)
+    size = fs.info(name).get("size")  # None: a web server that does not say
+    if size is not None and len(data) != int(size):
+        raise BrokenAnswer(f"{len(data)} of {size} bytes came")
+    return data
+
+
 def library_errors() -> tuple[type[BaseException], ...]:
     """What reading may raise: the libraries' errors have no common base class, and only libraries in use are loaded."""
     kinds = [("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError")]

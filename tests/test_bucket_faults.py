@@ -15,7 +15,8 @@ from grappa_dist.bucket import folder_of
 from grappa_dist.object_store import StoreUnavailable
 from grappa_dist.storage import StorageError
 from tests.conftest import Bucket
-from tests.faults.faulty_http import PASSING, Fault, always, now_and_then
+from tests.faults.faulty_http import PASSING, Fault, always, in_turn, now_and_then
+from tests.stores import Answer
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,28 @@ def test_what_goes_over_a_store_that_fails_now_and_then_is_whole(bucket: Bucket,
     fetched.check(None)
     for path in made.path.iterdir():
         assert (fetched.path / path.name).read_bytes() == path.read_bytes()
+
+
+def without_checksums(answer: Answer) -> Answer:
+    """As a store answers that keeps none; a client cannot tell then that an answer is short."""
+    status, headers, body = answer
+    return status, {name: value for name, value in headers.items() if "checksum" not in name.lower()}, body
+
+
+def test_a_small_object_is_asked_for_again_where_less_of_it_came_than_the_store_has(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    bucket.put("runs/x/.lease/1.json", b"0123456789")
+    run = module.bucket_of(folder_of(f"{bucket.url}/runs/x", str(tmp_path)))
+    assert run is not None
+    bucket.proxy.change = without_checksums
+    bucket.proxy.spoil = in_turn(*[Fault.SHORT] * 4)  # of which requests for headers have nothing to lose
+    assert run.read(".lease/1.json") == b"0123456789"
+    bucket.proxy.spoil = always(Fault.SHORT)
+    with pytest.raises(StoreUnavailable, match=r"/runs/x: .*\(.lease/1.json read\): .*5 of 10 bytes came"):
+        run.read(".lease/1.json")
+    bucket.proxy.spoil = always(None)
+    assert run.read(".lease/2.json") is None
 
 
 def test_a_store_that_keeps_failing_is_named_with_the_request_and_nothing_appears(

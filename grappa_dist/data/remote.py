@@ -31,6 +31,7 @@ from grappa_dist.object_store import (
     patiently,
     status_of,
     store_of,
+    whole,
 )
 from grappa_dist.storage import Result
 
@@ -105,7 +106,7 @@ def objects_at(urls: Iterable[str]) -> list[RemoteObject]:
 
 def fetch_whole(url: str) -> bytes | None:
     """All bytes of a small object, or None where there is none."""
-    data = _attempt(url, "all of it", lambda fs, path: fs.cat_file(path), missing=None)
+    data = _attempt(url, "all of it", whole, missing=None)
     if data is not None:
         TRAFFIC.add(len(data))
     return data

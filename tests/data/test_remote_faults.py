@@ -9,7 +9,7 @@ import pytest
 
 from grappa_dist import object_store
 from grappa_dist.data.block_cache import BlockFile, CacheSettings
-from grappa_dist.data.remote import RemoteFile, list_tars, objects_at
+from grappa_dist.data.remote import RemoteFile, fetch_whole, list_tars, objects_at
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.object_store import StoreUnavailable
 from tests.conftest import Bucket
@@ -78,6 +78,20 @@ def test_headers_and_whole_files_are_asked_for_again_too(web: StoreProxy, tmp_pa
         shards = ImageShards.open([f"{web.url}/f"], None, CacheSettings(str(tmp_path / f"cache-{seed}"), 2**20, 4))
         assert shards.fingerprint == local.fingerprint
         assert list(shards.images(range(6))) == list(local.images(range(6)))
+
+
+def test_less_than_a_whole_object_is_never_taken_for_it(bucket: Bucket) -> None:
+    bucket.put("index.json", DATA)
+    bucket.proxy.change = lambda answer: (
+        answer[0],
+        {k: v for k, v in answer[1].items() if "checksum" not in k},
+        answer[2],
+    )
+    bucket.proxy.spoil = in_turn(*[Fault.SHORT] * 4)  # of which requests for headers have nothing to lose
+    assert fetch_whole(f"{bucket.url}/index.json") == DATA
+    bucket.proxy.spoil = always(Fault.SHORT)
+    with pytest.raises(StoreUnavailable, match=r"index.json: all of it cannot be read in 6 attempts: .*of 100400"):
+        fetch_whole(f"{bucket.url}/index.json")
 
 
 def test_a_short_block_never_reaches_the_cache(web: StoreProxy, tmp_path: Path) -> None:
