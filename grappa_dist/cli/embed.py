@@ -51,9 +51,10 @@ def command(
     from grappa_dist.stages.run import run_root
 
     places, settings = split_words(given)
-    ending.log_dir = root = run_root(expanded(out, "--out"), "embeddings")
-    if is_bucket(out):
-        raise ValueError(f"--out {out}: embeddings are written to a directory; expected one, to be copied afterwards")
+    place = expanded(out, "--out")
+    if is_bucket(place):
+        raise ValueError(f"--out {place}: embeddings are written to a directory; expected one, to be copied afterwards")
+    ending.log_dir = root = run_root(place, "embeddings")
     where = places_of((*images, *places))
     options = {"gallery": gallery, "trust_modules": trust_modules}
     if index:

@@ -21,7 +21,7 @@ from grappa_dist.distributed.machine import origin
 from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.distributed.runner import Runner
 from grappa_dist.extras import RUNS, require
-from grappa_dist.files import write_utf8
+from grappa_dist.files import is_locked, write_utf8
 from grappa_dist.object_store import is_remote
 from grappa_dist.output import printable, without_secrets
 from grappa_dist.stages.run_on_bucket import RunFiles, restored, sending
@@ -171,7 +171,11 @@ def run_root(out: str | None, name: str, where: Resources | None = None) -> Path
     """
     if out is not None and is_bucket(out):
         disk = None if where is None else where.copies_dir
-        return refreshed(folder_of(out, own_folder(disk)) / CONFIG_FILE).parent
+        root = folder_of(out, own_folder(disk))
+        with contextlib.suppress(OSError):  # no driver has been here
+            if is_locked(root / LOCK):
+                return root  # of a driver that is at work: its settings may not have been sent yet
+        return refreshed(root / CONFIG_FILE).parent
     if out is not None and is_remote(out):
         shown = without_secrets(out)
         raise ValueError(

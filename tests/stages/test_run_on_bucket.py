@@ -18,7 +18,8 @@ from grappa_dist.artifacts import Store
 from grappa_dist.bucket import _Kept, folder_of
 from grappa_dist.checksums import verified
 from grappa_dist.clean import clean
-from grappa_dist.config import Config, Resources
+from grappa_dist.cli.embed import command as embed
+from grappa_dist.config import CONFIG_FILE, Config, Resources
 from grappa_dist.console import EVENTS_FILE, Console, Events, read_events
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.runner import Job
@@ -27,6 +28,7 @@ from grappa_dist.stages.damages import read_damages
 from grappa_dist.stages.run import placed, run_root, running
 from grappa_dist.stages.run_on_bucket import restored
 from grappa_dist.status import describe_status, status
+from tests.cli.calling import called
 from tests.conftest import Bucket
 from tests.processes import run_ranks
 from tests.stages import tiny
@@ -171,7 +173,28 @@ def test_a_run_bounds_the_copies_of_its_machine_by_its_setting(
         assert _Kept.most == 5
 
 
-def test_what_works_in_directories_alone_refuses_a_bucket_in_a_line(tmp_path: Path) -> None:
+def test_the_settings_of_a_driver_that_is_at_work_stay_whoever_asks_for_the_run(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.allow_writing()
+    settings = tiny.config(["images"], resources={"copies_dir": str(tmp_path)})
+    where, url = settings.resources, f"{bucket.url}/runs/x"
+    root = run_root(url, "", where)
+    with Store(root).lock():
+        (root / CONFIG_FILE).write_text("new")  # not sent yet
+        assert run_root(url, "", where) == root
+        assert (root / CONFIG_FILE).read_text() == "new"
+        bucket.put(f"runs/x/{CONFIG_FILE}", b"old")
+        run_root(url, "", where)
+        assert (root / CONFIG_FILE).read_text() == "new"
+    run_root(url, "", where)
+    assert (root / CONFIG_FILE).read_text() == "old"
+
+
+def test_what_works_in_directories_alone_refuses_a_bucket_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLACE", "s3://bucket/runs")
+    found = called(embed, "--images", "images", "--model", "model", "--out", "$PLACE/x")
+    assert (found.status, "--out s3://bucket/runs/x: embeddings are written to a directory" in found.err) == (2, True)
     settings, root = tiny.config(["images"]), folder_of("s3://bucket/runs/x", str(tmp_path))
     with pytest.raises(ValueError, match="s3://bucket/runs/x: --clean looks through a directory"):
         clean(settings, root, remove=True)
