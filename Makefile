@@ -38,7 +38,7 @@ test-long: $(READY) ## tests that take too long for every push: jobs killed at r
 
 OLDEST = .venv-oldest
 OLDEST_TESTS = tests/models tests/training tests/search tests/kmeans tests/knn tests/stages tests/retrieval
-test-oldest: ## tests of models, training, k-means, k-NN and stages with the oldest versions that pyproject.toml allows; needs uv and 6 GB
+test-oldest: ## tests of models, training, k-means, k-NN and stages with the oldest versions that pyproject.toml allows; needs uv and 7 GB
 	$(PYTHON) -m venv $(OLDEST)
 	uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[$(FAISS),parquet]' \
 	  'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'

@@ -251,7 +251,7 @@ PROSE = ("*.py", "*.md", "*.yaml", "*.toml", "*.sh", "Makefile")
 def prose() -> list[tuple[str, str]]:
     """Every line of code and documents, with where it stands."""
     own = {ROOT / "docs" / "words.md", Path(__file__)}
-    skipped = {".venv", ".git", "runs", "shards", "build", "wheels"}
+    skipped = {".venv", ".venv-oldest", ".git", "runs", "shards", "build", "wheels"}
     found = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = sorted(set(folders) - skipped)

@@ -120,20 +120,22 @@ CHECKS = (  # the most important first: a budget leaves out the last ones
     Check("no-images", "models forward and backward with no image, as a rank without any", "training:no_images", 8),
     Check("fuse", "a fusion in micro-batches against whole batches", "training:fuse", 15),
     Check("lack-of-memory", "a step that does not fit names the setting to change", "training:lack_of_memory", 12),
-    Check("rate-assign", "k-means: rows assigned to the nearest of many centroids", "row_rates:assign_rate", 12),
-    Check("rate-knn", "the exact k-NN graph", "row_rates:knn_rate", 20),
+    Check("rate-assign", "k-means: rows assigned to the nearest of many centroids", "row_rates:assign_rate", 8),
+    Check("rate-knn", "the exact k-NN graph", "row_rates:knn_rate", 10),
     Check("rate-forward", "the frozen ViT forward, images in memory", "reading:forward_rate", 8),
     Check("rate-step", "a step of many adaptor sets, images in memory", "reading:step_rate", 15),
-    Check("demo", "the whole demo against the table that a CPU gave", "demo:demo", 90),
+    Check("demo", "the whole demo against the table that a CPU gave", "demo:demo", 60),
     Check("rate-graph", "the k-NN graph of many rows through lists, and its recall", "row_rates:graph_rate", 40),
-    Check("rate-kmeans", "an iteration of k-means of many rows and labels", "row_rates:kmeans_rate", 50),
     *(
         check
-        for n in THREADS
+        for n, embed_s in zip(THREADS, (13, 8, 8), strict=True)  # the first one draws the images of all
         for check in (
-            Check(f"embed-{n}", f"images read, decoded by {n} threads and embedded", "reading:embed_rate", 9, (n,)),
-            Check(f"adapt-{n}", f"images read, decoded by {n} threads and trained on", "reading:adapt_rate", 15, (n,)),
+            Check(
+                f"embed-{n}", f"images read, decoded by {n} threads and embedded", "reading:embed_rate", embed_s, (n,)
+            ),
+            Check(f"adapt-{n}", f"images read, decoded by {n} threads and trained on", "reading:adapt_rate", 11, (n,)),
         )
     ),
+    Check("rate-kmeans", "an iteration of k-means of many rows and labels", "row_rates:kmeans_rate", 50),
     Check("compile", "the trial that decides on torch.compile", "kernels:compile_trial", 90),
 )

@@ -9,6 +9,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ def digest(*arrays: NDArray[Any]) -> str:
     return total.hexdigest()
 
 
+@lru_cache(maxsize=512)  # 256 of them, which take 5 s, are those of six checks
 def photo(size_px: tuple[int, int], seed: int) -> bytes:
     """A random JPEG with large and small structures, about as large as a photograph's."""
     width, height = size_px

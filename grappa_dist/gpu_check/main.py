@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     found = Parser(description=DESCRIPTION, epilog=ENDING)
     found.add_argument("--out", metavar="DIR", type=Path, help="the folder for the results")
     budget = "seconds; what would take longer than is left is skipped, and named; default: %(default)g"
-    found.add_argument("--budget-s", metavar="S", type=float, default=480.0, help=budget)
+    found.add_argument("--budget-s", metavar="S", type=float, default=420.0, help=budget)
     found.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to test the checks")
     found.add_argument("--only", metavar="NAME", nargs="+", default=[], help="these checks alone")
     found.add_argument("--list", action="store_true", help="list the checks, with about how long each takes")

@@ -19,7 +19,6 @@ from grappa_dist.console import pluralize
 from grappa_dist.distributed.collectives import Comm
 from grappa_dist.distributed.device_rows import memory_for_rows
 from grappa_dist.gpu_check.checks import BF16, FP32, TERA, Figure, Found, Machine
-from grappa_dist.gpu_check.inputs import unit_rows
 from grappa_dist.gpu_check.limits import fastest_s, wait_for
 from grappa_dist.gpu_check.rows import SEED, sharded
 from grappa_dist.kmeans.lloyd import KMeansState, KMeansTask, kmeans
@@ -55,7 +54,7 @@ def drawn_rows(num: int, dim: int, groups: int, device: torch.device) -> NDArray
 def assign_rate(machine: Machine) -> Found:
     """Rows/s assigned to the nearest of K random rows, exactly; 2 P K D operations, against the bfloat16 limit."""
     num, k, dim = machine.sized((2**20, 16384, 384), (2048, 64, 24))
-    x = unit_rows(num, dim, 4096, SEED)
+    x = drawn_rows(num, dim, 4096, machine.device)
     rows = sharded(x, machine.device)
     centroids = Centroids.of(torch.from_numpy(x[:: num // k][:k].copy()).to(machine.device), rows.generator)
     blocks = [(block.x, block.squares) for block in rows.row_blocks()]
@@ -118,7 +117,7 @@ def rows_that_fit(device: torch.device, dim: int) -> int:
 def knn_rate(machine: Machine) -> Found:
     """Rows/s of the exact graph; each pair of rows once, P^2 D operations, against the bfloat16 limit."""
     num, dim, k = machine.sized((200_000, 384, 10), (1024, 24, 5))
-    x = unit_rows(num, dim, 4096, SEED)
+    x = drawn_rows(num, dim, 4096, machine.device)
     ids = np.arange(num, dtype=np.int64)
     search = partial(sharded_knn, Comm(), x, ids, k, device=machine.device)
     seconds = fastest_s(search, machine.device, 1)

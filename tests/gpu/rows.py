@@ -69,16 +69,22 @@ def kernel_by_torch(*, used: bool = True) -> Iterator[None]:
 
 
 def kmeans_counts(
-    comm: Comm, num: int = 1024, clusters: int = 300, dim: int = 32, block_rows: int = 512, kernel: bool = True
+    comm: Comm,
+    num: int = 1024,
+    clusters: int = 300,
+    dim: int = 32,
+    block_rows: int = 512,
+    kernel: bool = True,
+    held_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """A pass over all rows and its update: the third."""
+    """A pass over all rows and its update: the third. Rows of `held_bytes` stay on the device; None: all that fit."""
     x = drawn(num, dim, max(2, clusters // 2))
     own = x[num * comm.rank // comm.size : num * (comm.rank + 1) // comm.size]
     start = x[np.random.default_rng(0).choice(num, clusters, replace=False)]
     passes = []
     with kernel_by_torch(used=kernel):
         rows = Rows([own], [np.ones(len(own), dtype=bool)])
-        sharded = join_rows(comm, rows, block_rows=block_rows, device=CUDA)
+        sharded = join_rows(comm, rows, block_rows=block_rows, device=CUDA, dense_bytes=held_bytes)
         with counting() as meter:
 
             def take(state: KMeansState) -> None:
@@ -125,16 +131,21 @@ def bits_of(found: Clustering) -> list[Any]:
     return [result.centroids.tobytes(), result.inertia, result.counts.tolist(), found.updates, found.agreement]
 
 
-def differing_methods(comm: Comm, names: list[str], kernel: bool) -> list[str]:
-    """The methods of clustering whose result on the device, over all ranks, is not that of one CPU, to the bit."""
+def differing_methods(comm: Comm, names: list[str], kernel: bool, held_rows: int | None = None) -> list[str]:
+    """The methods of clustering whose result on the device, over all ranks, is not that of one CPU, to the bit.
+
+    So many of a rank's rows stay on the device, and the others come from pinned memory; None: all that fit.
+    """
     x = drawn(900, 16, 40)
     edges = [0, 400, 900] if comm.size == 2 else [0, 900]
     own = slice(edges[comm.rank], edges[comm.rank + 1])
+    held_bytes = None if held_rows is None else held_rows * 4 * x.shape[1]
 
     def clustering(comm: Comm, rows: NDArray[np.float32], name: str, device: torch.device) -> Clustering:
         config = ClusteringConfig(num_labels=(20,), iterations=3, **METHODS[name])
         given = Rows([rows], [np.ones(len(rows), dtype=bool)])
-        sharded = join_rows(comm, given, block_rows=128, device=device)
+        held = held_bytes if device == CUDA else None
+        sharded = join_rows(comm, given, block_rows=128, device=device, dense_bytes=held)
         return cluster(sharded, ClusteringTask(20, config, choose(config, 20, len(x)), seed=3))
 
     wrong = []
@@ -152,9 +163,10 @@ def differing_graphs(comm: Comm) -> list[str]:
     x, wrong = drawn(900, 16, 40), []
     edges = [0, 400, 900] if comm.size == 2 else [0, 900]
     own, ids = slice(edges[comm.rank], edges[comm.rank + 1]), np.arange(900) * 3
-    found = sharded_knn(comm, x[own], ids[own], NEAR, block_rows=100, device=CUDA)
     alone = sharded_knn(Comm(), x, ids, NEAR, block_rows=100)
-    wrong += ["exact"] * any(not np.array_equal(a, b[own]) for a, b in zip(found, alone, strict=True))
+    for name, kept_bytes in (("exact", None), ("exact, no blocks kept", 0)):
+        found = sharded_knn(comm, x[own], ids[own], NEAR, block_rows=100, device=CUDA, kept_bytes=kept_bytes)
+        wrong += [name] * any(not np.array_equal(a, b[own]) for a, b in zip(found, alone, strict=True))
     how: dict[str, Any] = {"recall_floor": 0.5, "key": (0, 0)}
     where = {"device": CUDA} if "device" in inspect.signature(approximate_knn).parameters else {}
     graph, one = (

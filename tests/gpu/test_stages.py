@@ -76,6 +76,12 @@ def test_k_means_has_the_bits_of_the_cpu(gpu: PretendGpu, kernel: bool) -> None:
     assert gpu.run("tests.gpu.rows:differing_methods", names=names, kernel=kernel) == [[]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("held_rows", [0, 300])
+def test_k_means_of_rows_that_the_memory_does_not_hold_has_the_bits_of_the_cpu(gpu: PretendGpu, held_rows: int) -> None:
+    assert gpu.run("tests.gpu.rows:differing_methods", names=["exact"], kernel=False, held_rows=held_rows) == [[]]
+
+
 def test_k_nn_graphs_and_searches_have_the_bits_of_the_cpu(gpu: PretendGpu) -> None:
     assert gpu.run("tests.gpu.rows:differing_graphs") == [[]]
 

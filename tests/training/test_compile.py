@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from grappa_dist import progress
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.models import Backbone, PackedGrappa
 from grappa_dist.training.compile import compile_if_faster, seconds
@@ -69,14 +70,18 @@ def test_what_is_not_faster_is_not_used() -> None:
     assert is_compiled(packed) == {False}
 
 
-def test_a_compiler_that_fails_is_not_used_and_its_error_is_reported() -> None:
+def test_a_compiler_that_fails_is_not_used_and_its_error_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_lost", list[str]())
+
     def failing(graph: Any, inputs: Any) -> Any:
         raise OSError("no compiler\nfor this GPU")
 
-    packed = model(timm=False)
-    found = compile_if_faster(packed, 2, backend=failing, measure=timings(2.0, 1.0))  # type: ignore[arg-type]
-    assert found.startswith("not compiled: BackendCompilerFailed: ")
-    assert "no compiler for this GPU" in found
+    for packed in (model(timm=False), model(timm=False)):
+        found = compile_if_faster(packed, 2, backend=failing, measure=timings(2.0, 1.0))  # type: ignore[arg-type]
+        assert found.startswith("not compiled: BackendCompilerFailed: ")
+        assert "no compiler for this GPU" in found
+    (told,) = progress.lost_trials()
+    assert told.startswith("torch.compile is not used: BackendCompilerFailed: ")
     assert is_compiled(packed) == {False}
     assert len(gradients(packed, 2)) == len(gradients(model(timm=False), 2))
 
