@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from grappa_dist.data.rng import Purpose, philox
+from grappa_dist.retrieval.faiss_lists import ListedBlock, write_lists
 from grappa_dist.retrieval.nearest import BLOCK, Rows, blocks_of, nearest
 
 FLAT_ROWS = 100_000  # read whole for each query, in some milliseconds
@@ -86,11 +87,11 @@ class NumberedRows:
         return found
 
     def blocks(self, chosen: NDArray[np.bool_]) -> Iterator[tuple[Rows, Ids]]:
-        """The chosen rows and their ids, a block at a time."""
+        """The chosen rows and their positions, a block at a time."""
         for first, block in blocks_of(self.parts, BLOCK):
-            inside = chosen[first : first + len(block)]
-            if inside.any():
-                yield block[inside], self.ids[first : first + len(block)][inside]
+            inside = np.flatnonzero(chosen[first : first + len(block)])
+            if len(inside):
+                yield block[inside], first + inside
 
     def sample(self, count: int, *purpose: int) -> Ids:
         """Positions of some good rows, ascending."""
@@ -99,42 +100,65 @@ class NumberedRows:
         return np.sort(drawn.choice(places, min(count, len(places)), replace=False))
 
 
-def build(rows: NumberedRows, kind: Kind) -> Index:
-    """An index of all rows. Memory: the rows once, and in lists up to twice, as faiss doubles a list that is full."""
+def write(path: Path, rows: NumberedRows, kind: Kind, before: Path | None = None) -> None:
+    """Writes an index of all rows.
+
+    Memory: all rows where there are no lists; else those that the lists are made of, a block, and 4 bytes a row.
+
+    Args:
+        before: an index with lists, which are kept; rows that it has stay in theirs. None: new lists are made.
+    """
     import faiss
 
     _set_threads()
-    index = faiss.index_factory(rows.parts[0].shape[1], kind.factory, faiss.METRIC_INNER_PRODUCT)
     if kind.lists:
-        index.train(rows.take(rows.sample(TRAIN_PER_LIST * kind.lists, kind.lists)))
-    _add(index, rows, rows.good)
+        _write_lists(path, rows, _trained(rows, kind) if before is None else read(before, mapped=True))
+        return
+    index = faiss.index_factory(rows.parts[0].shape[1], kind.factory, faiss.METRIC_INNER_PRODUCT)
+    for block, places in rows.blocks(rows.good):
+        index.add_with_ids(block, rows.ids[places])
+    faiss.write_index(index, str(path))
+
+
+def _trained(rows: NumberedRows, kind: Kind) -> Index:
+    """New lists, without rows."""
+    import faiss
+
+    index = faiss.index_factory(rows.parts[0].shape[1], kind.factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(rows.take(rows.sample(TRAIN_PER_LIST * kind.lists, kind.lists)))
     return index
 
 
-def update(index: Index, rows: NumberedRows) -> None:
-    """Takes rows out of an index of lists and adds others, so that it holds these."""
+def _write_lists(path: Path, rows: NumberedRows, index: Index) -> None:
+    """Writes an index with the lists of this one, which is emptied."""
     import faiss
 
-    _set_threads()
-    good, known = rows.good, _held_in(index)
-    gone = np.setdiff1d(known, rows.ids[good], assume_unique=True)
-    if len(gone):
-        index.remove_ids(faiss.IDSelectorBatch(gone))
-    _add(index, rows, good & ~np.isin(rows.ids, known, assume_unique=True))
+    lists = _lists_held(index, rows)
+    new = rows.good & (lists < 0)
+    for block, places in rows.blocks(new):
+        lists[places] = index.quantizer.assign(block, 1)[:, 0]
+    empty: Any = faiss.ArrayInvertedLists(index.nlist, index.code_size)
+    empty.this.disown()
+    index.replace_invlists(empty, True)  # the index removes it
+    index.ntotal = len(rows.ids) - len(rows.bad)
+    sizes = np.bincount(lists[lists >= 0], minlength=index.nlist)
+    blocks = (ListedBlock(block, rows.ids[places], lists[places]) for block, places in rows.blocks(rows.good))
+    write_lists(path, faiss.serialize_index(index).tobytes(), sizes, blocks)
 
 
-def _held_in(index: Index) -> Ids:
-    """The ids of the rows of an index of lists."""
+def _lists_held(index: Index, rows: NumberedRows) -> NDArray[np.int32]:
+    """The list of each row that the index has, (n,); -1: it has it not, or the row is bad."""
     import faiss
 
-    lists: Any = faiss.extract_index_ivf(index).invlists
-    found = [faiss.rev_swig_ptr(lists.get_ids(i), lists.list_size(i)) for i in range(lists.nlist) if lists.list_size(i)]
-    return np.concatenate([np.zeros(0, np.int64), *found])
-
-
-def _add(index: Index, rows: NumberedRows, chosen: NDArray[np.bool_]) -> None:
-    for block, ids in rows.blocks(chosen):
-        index.add_with_ids(block, ids)
+    found = np.full(len(rows.ids), -1, np.int32)
+    held: Any = index.invlists
+    for number in range(held.nlist):
+        if size := held.list_size(number):
+            ids = np.array(faiss.rev_swig_ptr(held.get_ids(number), size))
+            places = np.minimum(np.searchsorted(rows.ids, ids), len(rows.ids) - 1)
+            found[places[rows.ids[places] == ids]] = number
+    found[rows.bad] = -1
+    return found
 
 
 def search(index: Index, queries: Rows, k: int, probes: int) -> tuple[NDArray[np.float32], Ids]:
@@ -183,12 +207,6 @@ def _share(expected: Ids, found: Ids, itself: np.int64) -> float:
     """Which share of a row's true neighbours was found, without the row itself."""
     neighbours = np.setdiff1d(expected, [itself])
     return np.isin(neighbours, found).mean()
-
-
-def write(index: Index, path: Path) -> None:
-    import faiss
-
-    faiss.write_index(index, str(path))
 
 
 def read(path: Path, *, mapped: bool = False) -> Index:

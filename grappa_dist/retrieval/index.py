@@ -363,15 +363,12 @@ class _Building:
         count = len(rows.ids) - len(rows.bad)
         with self.console.stage("index", pluralize(count, "image")):
             kind = Kind(**before["kind"]) if before else Kind.of(count)
-            if before and kind.lists and kind.fits(count):
-                index = faiss_index.read(self.path.parent / before["index"]["path"])
-                faiss_index.update(index, rows)
-            else:
-                kind = Kind.of(count)
-                index = faiss_index.build(rows, kind)
-            kind = faiss_index.measured(index, rows, kind)
+            kept = self.path.parent / before["index"]["path"] if before and kind.lists and kind.fits(count) else None
+            kind = Kind.of(count) if kept is None else kind
             file = self.path.with_name(f"index-{os.urandom(8).hex()}.faiss")
-            replace(file, lambda temporary: faiss_index.write(index, temporary))
+            replace(file, lambda temporary: faiss_index.write(temporary, rows, kind, kept))
+            if kind.lists:
+                kind = faiss_index.measured(faiss_index.read(file, mapped=True), rows, kind)
         return {"kind": asdict(kind), "index": {"path": file.name, **asdict(Sum.of(file))}}
 
     def _remove_others(self, listed: Mapping[str, Any]) -> None:
