@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from grappa_dist.storage import allocate, open_to_write
 
 AT_ONCE = 4096  # rows whose places are worked out together: 8 bytes for each of their numbers
-_WORD = 4  # bytes of a channel; all places behind the head are multiples of it
+_UNIT = 4  # bytes of a channel; all places behind the head are multiples of it
 _ID_BYTES = 8
 # What an index without rows ends with: a mark, how many lists, bytes of a row, and that none of them has rows.
 _EMPTY = struct.Struct("<4sQQ4sQ")
@@ -49,14 +49,14 @@ def write_lists(path: Path, empty: bytes, sizes: Ids, blocks: Iterable[ListedBlo
     """
     row_bytes = _row_bytes(empty, len(sizes))
     head = empty[: -_EMPTY.size] + _size_table(sizes, row_bytes)
-    ends = np.cumsum(sizes * (row_bytes + _ID_BYTES)) // _WORD
-    starts = ends - sizes * (row_bytes + _ID_BYTES) // _WORD  # in words, behind the head
+    ends = np.cumsum(sizes * (row_bytes + _ID_BYTES)) // _UNIT
+    starts = ends - sizes * (row_bytes + _ID_BYTES) // _UNIT  # behind the head, counted in units of _UNIT
     with open_to_write(path) as file:
         file.write(head)
         file.flush()
         if not len(ends) or not ends[-1]:
             return
-        allocate(file.fileno(), len(head) + int(ends[-1]) * _WORD, path)
+        allocate(file.fileno(), len(head) + int(ends[-1]) * _UNIT, path)
     words = np.memmap(path, dtype="<u4", mode="r+", offset=len(head), shape=(int(ends[-1]),))
     filled = np.zeros(len(sizes), np.int64)  # rows that a list has so far
     for block in blocks:
@@ -64,9 +64,9 @@ def write_lists(path: Path, empty: bytes, sizes: Ids, blocks: Iterable[ListedBlo
             part = slice(first, first + AT_ONCE)
             some = ListedBlock(block.rows[part], block.ids[part], block.lists[part])
             places = _places(some.lists, filled)
-            _put(words, starts[some.lists] + places * (row_bytes // _WORD), some.rows.astype("<f4", copy=False))
-            behind = starts[some.lists] + sizes[some.lists] * (row_bytes // _WORD)  # the ids of a list
-            _put(words, behind + places * (_ID_BYTES // _WORD), some.ids.astype("<i8", copy=False)[:, None])
+            _put(words, starts[some.lists] + places * (row_bytes // _UNIT), some.rows.astype("<f4", copy=False))
+            behind = starts[some.lists] + sizes[some.lists] * (row_bytes // _UNIT)  # the ids of a list
+            _put(words, behind + places * (_ID_BYTES // _UNIT), some.ids.astype("<i8", copy=False)[:, None])
     assert np.array_equal(filled, sizes), "the blocks have other rows than the lists"
     words.flush()
 
@@ -75,7 +75,7 @@ def _row_bytes(empty: bytes, num_lists: int) -> int:
     """Bytes of a row in a list."""
     end = empty[-_EMPTY.size :]
     mark, lists, row_bytes, form, count = _EMPTY.unpack(end.rjust(_EMPTY.size, b"\0"))
-    if (mark, lists, form, count) != (_LISTS, num_lists, _SOME, 0) or row_bytes % _WORD:
+    if (mark, lists, form, count) != (_LISTS, num_lists, _SOME, 0) or row_bytes % _UNIT:
         raise ValueError(
             f"faiss: an index without rows ends with {end.hex()}, expected {_LISTS.decode()}, "
             f"{num_lists} lists, {_SOME.decode()} and 0, as versions 1.9 to 1.15 write it"
