@@ -5,6 +5,7 @@ Jobs and tasks come and go in it; ranks whose work takes unequal time wait for t
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import socket
@@ -168,9 +169,13 @@ def release_memory() -> None:
     """Frees the memory of a finished job.
 
     An engine and its module refer to each other until Python's collector runs, which counts objects and not their bytes
-    on a GPU.
+    on a GPU. What is freed stays with the C library between what is not: after k-means with 65,536 clusters of 64
+    channels 110 MiB, which the next job would take in addition to its own.
     """
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

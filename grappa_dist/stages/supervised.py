@@ -42,6 +42,7 @@ from grappa_dist.console import pluralize
 from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.runner import Job
+from grappa_dist.distributed.sharded_rows import scratch
 from grappa_dist.distributed.worker import RankContext
 from grappa_dist.files import save_array, save_tensors, write_json
 from grappa_dist.models import Grappa
@@ -63,6 +64,7 @@ from grappa_dist.training.optim import adam
 
 ASKED_BY = "adapt.supervised or the variant supervised of fuse.variants"
 NAMED = 3  # shards, in a message
+CLASSES_AT_ONCE = 4096  # whose sums are in memory
 
 
 def true_labels_of(
@@ -166,7 +168,7 @@ def add_up_classes(device: torch.device, task: tuple[TrueLabelsTask, range]) -> 
 
 def _add_up(task: TrueLabelsTask, part: range, numbers: NDArray[np.int32]) -> None:
     folder, starts = task.artifact.begin(), task.features.starts
-    sums = torch.zeros(int(numbers.max()) + 1, task.features.shard(0).shape[1], dtype=torch.float64)
+    sums = scratch((int(numbers.max()) + 1, task.features.shard(0).shape[1]), torch.float64)
     for shard in part:
         own = numbers[starts[shard] : starts[shard + 1]]
         save_array(folder / rows_file(shard), own)
@@ -188,15 +190,24 @@ def write_true_labels(device: torch.device, task: TrueLabelsTask) -> None:
         _add_up(task, task.parts[0], numbers)
     files = [folder / _sums_file(part) for part in task.parts]
     wait_for_files(files)
-    # Features lie on a grid of 2**-24, so float64 rounds none of these sums, and their order does not matter
-    sums: NDArray[np.float64] = np.load(files[0], allow_pickle=False)
-    for file in files[1:]:
-        sums += np.load(file, allow_pickle=False)
     counts = np.bincount(numbers[numbers >= 0])
-    save_array(folder / CENTROIDS_FILE, (sums / counts[:, None]).astype(np.float32))
+    save_array(folder / CENTROIDS_FILE, _means(files, counts))
     labelled, images = int(counts.sum()), len(numbers)
     write_json(folder / STATS_FILE, {"classes": len(counts), "labelled": labelled, "images": images})
     task.artifact.commit(discard=["sums-*"], expected=[rows_file(i) for i in range(len(task.features.starts) - 1)])
+
+
+def _means(files: Sequence[Path], counts: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The mean feature of each class, (K, D), in scratch: sums of all files, by the classes' numbers of rows, (K,).
+
+    Features lie on a grid of 2**-24, so float64 rounds none of these sums, and their order does not matter.
+    """
+    parts = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+    means: NDArray[np.float32] = scratch(parts[0].shape, torch.float32).numpy()
+    for start in range(0, len(counts), CLASSES_AT_ONCE):
+        some = slice(start, start + CLASSES_AT_ONCE)
+        means[some] = sum(part[some] for part in parts) / counts[some, None]
+    return means
 
 
 def class_counts(artifact: Artifact) -> dict[str, int]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import platform
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +83,21 @@ def test_a_job_says_which_faster_ways_it_lost_and_those_after_it_do_not_again(mo
     assert one.status() == {}
     one.run(lose, "another")
     assert one.status() == {"notes": ["another is not used: ValueError: no compiler"]}
+
+
+def own_bytes() -> int:
+    """What this process holds that is of no file."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have nothing to call")
+def test_what_a_job_has_freed_goes_back_to_the_system_when_it_ends() -> None:
+    size, count = 64 * 1024, 1600  # below what the C library takes from the system by itself
+    blocks = [(b"x" * size, b"y" * (1000 + i)) for i in range(count)]
+    kept = [small for _, small in blocks]  # between the others, so that none of them is at the end
+    del blocks
+    held = own_bytes()
+    worker.release_memory()
+    assert held - own_bytes() > size * count // 2
+    assert len(kept) == count

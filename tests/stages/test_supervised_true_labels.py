@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ADAPTORS_FILE
 from grappa_dist.stages import supervised
 from grappa_dist.stages.ground_truth import ground_truth_of
-from grappa_dist.stages.supervised import class_counts, name_classes, read_true_labels, true_labels_of, without_class
+from grappa_dist.stages.supervised import (
+    CLASSES_AT_ONCE,
+    _means,
+    class_counts,
+    name_classes,
+    read_true_labels,
+    true_labels_of,
+    without_class,
+)
 from tests.stages import tiny
 
 DIM = 16  # of the tiny backbone
@@ -140,3 +149,19 @@ def test_classes_that_several_tasks_add_up_are_those_of_one_to_the_byte(
     assert {path.name for path in several.classes.path.iterdir()} == names
     for name in names - {"manifest.json"}:
         assert (several.classes.path / name).read_bytes() == (world.classes.path / name).read_bytes(), name
+
+
+def test_means_of_many_classes_are_made_some_at_a_time_from_the_sums_of_all_tasks(tmp_path: Path) -> None:
+    classes, channels = 30_000, 32
+    rng = np.random.default_rng(0)
+    sums = [rng.integers(-(2**24), 2**24, (classes, channels)) / 2**20 for _ in range(3)]
+    counts = rng.integers(1, 9, classes)
+    files = [tmp_path / f"{i}.npy" for i in range(len(sums))]
+    for file, of_task in zip(files, sums, strict=True):
+        np.save(file, of_task)
+    tracemalloc.start()
+    means = _means(files, counts)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2 * 8 * channels * (CLASSES_AT_ONCE + 1000) < sums[0].nbytes / 2
+    assert means.tobytes() == (sum(sums) / counts[:, None]).astype(np.float32).tobytes()
