@@ -166,6 +166,8 @@ def _variables(folder: Path) -> dict[str, str | None]:
         # Of each log, and one older part of it; without a bound Ray does not rotate what workers print
         "RAY_ROTATION_MAX_BYTES": os.environ.get("RAY_ROTATION_MAX_BYTES", str(LOG_BYTES)),
         "RAY_ROTATION_BACKUP_COUNT": os.environ.get("RAY_ROTATION_BACKUP_COUNT", "1"),
+        # Else `ray.init` waits for one idle process per CPU; the workers of a run have another environment and use none
+        "RAY_prestart_worker_first_driver": os.environ.get("RAY_prestart_worker_first_driver", "false"),  # noqa: SIM112
     }
     if sys.platform == "linux":  # the ranks' sockets, likewise
         found |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}

@@ -68,18 +68,31 @@ def wait_until(happened: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def connected() -> Iterator[Cluster]:
+    """To a Ray that has no workers of ours until `cluster` starts them."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
             patch.delenv(name, raising=False)
         patch.setenv("RAY_AUTH_MODE", "disabled")  # of some cluster: not of a local Ray
         cluster = Cluster(RESOURCES)
         try:
-            cluster.workers()
+            cluster.connect()
             assert os.environ["RAY_AUTH_MODE"] == "disabled"
             yield cluster
         finally:
             cluster.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(connected: Cluster) -> Cluster:
+    connected.workers()
+    return connected
+
+
+@pytest.mark.slow
+def test_it_starts_no_process_for_work_before_the_workers_are_started(connected: Cluster) -> None:
+    lines = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+    assert not [line for line in lines if line[:1] == ["ray::IDLE"] or "default_worker.py" in " ".join(line[:3])]
 
 
 @pytest.mark.slow
