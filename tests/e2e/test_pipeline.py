@@ -97,6 +97,22 @@ def test_a_second_run_reuses_everything_and_starts_no_cluster(finished: Path) ->
     assert "embed" not in ended.stderr
 
 
+@pytest.mark.slow
+def test_slices_of_the_centroids_change_no_byte_of_the_partitions(finished: Path, tmp_path: Path) -> None:
+    out = runs.without_training(finished, tmp_path / "sliced")
+    shutil.rmtree(out / "labels")
+    ended = runs.run(out, "resources.centroid_shards=2", "--until", "pseudo_label")
+    assert ended.returncode == 0, ended.stderr
+    for k in (8, 24):
+        assert f"K = {k}: centroids in 2 slices" in ended.stderr
+    whole, sliced = (
+        {path.relative_to(run): path.read_bytes() for path in sorted(run.glob("labels/k=*/*.npy"))}
+        for run in (finished, out)
+    )
+    assert len(whole) == 2 * 3  # rows of two shards, centroids
+    assert sliced == whole
+
+
 def test_a_changed_setting_reruns_only_what_depends_on_it(finished: Path) -> None:
     out = runs.run(finished, "--dry-run", "fuse.beta=0.01").stdout
     assert "adapt " in out
