@@ -24,6 +24,7 @@ from tests.e2e.runs import ROOT, SMALL
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
 OUT = "s3://runs/mine"
+FUSE = ("fuse.epochs=6", "fuse.checkpoint_steps=1")  # so that there is a checkpoint before it is done
 MADE = (*CLUSTERED, "adaptors/*/*.safetensors", "fusion/*/*.safetensors", "models/*/model.safetensors")
 DOWNLOAD = """
 import sys
@@ -80,7 +81,7 @@ def test_machines_that_share_only_a_bucket_make_the_demo_though_each_of_them_is_
     """The driver's machine is lost in adapt, then a worker's there, and the other one's in fuse. Each comes back empty,
     so fuse has two ranks all the time, and the bytes are those of two workers on one machine."""
     config = folder / "demo.yaml"
-    config.write_text(load(ROOT / "configs" / "demo.yaml", (*SMALL, "resources.placement_timeout_s=600")).yaml())
+    config.write_text(load(ROOT / "configs" / "demo.yaml", (*SMALL, *FUSE, "resources.placement_timeout_s=600")).yaml())
     straight = Path(tempfile.mkdtemp(prefix="straight-", dir=storage)) / "run"
     on_one_machine(config, straight)
     head, *workers, store = [bench[number] for number in range(4)]
