@@ -51,9 +51,13 @@ class Node:
             time.sleep(0.05)
         return self.process.poll() is None
 
-    def end(self) -> None:
+    def close(self) -> None:
+        """Asks it to end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
+
+    def end(self) -> None:
+        self.close()
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:

@@ -24,7 +24,8 @@ from tests.e2e.runs import ROOT, SMALL
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1800)]
 OUT = "s3://runs/mine"
-FUSE = ("fuse.epochs=6", "fuse.checkpoint_steps=1")  # so that there is a checkpoint before it is done
+# Many steps after a checkpoint, so that a job that lost a machine there is not done by the time the loss is noticed
+LONG = ("adapt.epochs=20", "adapt.checkpoint_steps=10", "fuse.epochs=6", "fuse.checkpoint_steps=1")
 MADE = (*CLUSTERED, "adaptors/*/*.safetensors", "fusion/*/*.safetensors", "models/*/model.safetensors")
 DOWNLOAD = """
 import sys
@@ -54,8 +55,9 @@ class Driver:
         marker = re.compile(rf"PUT /runs/mine/{job}\S*/checkpoints/step-\d+/checksums\.json")
         end = time.monotonic() + patience_s
         while not marker.search(self.store.read_text()[self.begun :]):
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < end, self.log.read_text()[-3000:]
+            said = f"no checkpoint of {job}: {self.log.read_text()[-3000:]}"
+            assert self.process.poll() is None, said
+            assert time.monotonic() < end, said
             time.sleep(0.2)
 
 
@@ -81,7 +83,7 @@ def test_machines_that_share_only_a_bucket_make_the_demo_though_each_of_them_is_
     """The driver's machine is lost in adapt, then a worker's there, and the other one's in fuse. Each comes back empty,
     so fuse has two ranks all the time, and the bytes are those of two workers on one machine."""
     config = folder / "demo.yaml"
-    config.write_text(load(ROOT / "configs" / "demo.yaml", (*SMALL, *FUSE, "resources.placement_timeout_s=600")).yaml())
+    config.write_text(load(ROOT / "configs" / "demo.yaml", (*SMALL, *LONG, "resources.placement_timeout_s=600")).yaml())
     straight = Path(tempfile.mkdtemp(prefix="straight-", dir=storage)) / "run"
     on_one_machine(config, straight)
     head, *workers, store = [bench[number] for number in range(4)]
@@ -89,9 +91,11 @@ def test_machines_that_share_only_a_bucket_make_the_demo_though_each_of_them_is_
         (folder / "empty").mkdir()
         s3.upload(folder / "empty", "runs")
         variables = {"TMPDIR": "/tmp", **s3.variables}
-        with ray_on(head, workers, **variables) as (address, _), driver_on(head, address, config, s3) as driver:
+        with ray_on(head, workers, **variables) as (address, nodes), driver_on(head, address, config, s3) as driver:
             driver.wait_for_checkpoint("adaptors/")
             head.crash()
+            for node in nodes:
+                node.close()  # by themselves their workers would train on until they miss the driver
             driver.process.wait(timeout=60)
         lost = time.monotonic()
         head.boot()
@@ -101,8 +105,12 @@ def test_machines_that_share_only_a_bucket_make_the_demo_though_each_of_them_is_
                 for worker, job in zip(workers, ("adaptors/", "fusion/neighbours"), strict=True):
                     driver.wait_for_checkpoint(job)
                     worker.reboot()
+                    assert driver.process.poll() is None, f"{job}: done before {worker.name} was lost in it"
                     ended.callback(start_worker_node(worker, address, **variables).end)
                 assert driver.process.wait(timeout=900) == 0, driver.log.read_text()[-3000:]
+        log = driver.log.read_text()
+        assert re.search(r"k=\d+ failed and is tried again", log), log[-3000:]
+        assert "neighbours failed and is tried again" in log, log[-3000:]
         figure("from the loss of the driver's machine to the end of the run, two more lost", time.monotonic() - lost)
         run = Path(tempfile.mkdtemp(prefix="bucket-", dir=storage))
         store.output(sys.executable, "-c", DOWNLOAD, str(run), "runs", env=environment(**s3.variables), timeout_s=300)
