@@ -76,13 +76,18 @@ def start_node(machine: Machine, cpus: int, address: str | None = None, **variab
 
 
 def start_worker_node(machine: Machine, address: str, **variables: str) -> Node:
-    """A node that has joined; a raylet that was too slow is tried again."""
+    """A node that has joined."""
+    return _started(machine, 1, address, **variables)
+
+
+def _started(machine: Machine, cpus: int, address: str | None = None, **variables: str) -> Node:
+    """A node that is up; one that was too slow is tried again."""
     for _ in range(START_ATTEMPTS - 1):
-        node = start_node(machine, 1, address, **variables)
+        node = start_node(machine, cpus, address, **variables)
         if node.joins():
             return node
         node.end()
-    node = start_node(machine, 1, address, **variables)
+    node = start_node(machine, cpus, address, **variables)
     node.wait_for_line("node: up=")
     return node
 
@@ -96,9 +101,8 @@ def environment(**variables: str) -> dict[str, str]:
 def ray_on(head: Machine, workers: Sequence[Machine], **variables: str) -> Iterator[tuple[str, list[Node]]]:
     """(address, worker nodes) of a cluster whose nodes are all up."""
     with ExitStack() as stack:
-        first = start_node(head, 0, **variables)
+        first = _started(head, 0, **variables)
         stack.callback(first.end)
-        first.wait_for_line("node: up=")
         address = f"{head.address}:{HEAD_PORT}"
         nodes = []
         for machine in workers:  # one by one: Ray gives a raylet 30 s to start, which is little where all start at once
