@@ -37,10 +37,11 @@ test-long: $(READY) ## tests that take too long for every push: jobs killed at r
 	$(BIN)/python -m pytest -q -m 'long and not cluster'
 
 OLDEST = .venv-oldest
-OLDEST_TESTS = tests/models tests/training tests/search tests/kmeans tests/knn tests/stages tests/retrieval
-test-oldest: ## tests of models, training, k-means, k-NN and stages with the oldest versions that pyproject.toml allows; needs uv and 7 GB
+OLDEST_TESTS = tests/models tests/training tests/search tests/kmeans tests/knn tests/stages tests/retrieval tests/data \
+  tests/distributed tests/inputs tests/make_shards
+test-oldest: ## tests of images, models, training, k-means, k-NN and stages with the oldest versions that pyproject.toml allows; needs uv and 7 GB
 	$(PYTHON) -m venv $(OLDEST)
-	uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[$(FAISS),parquet]' \
+	uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[$(FAISS),parquet,heif,benchmarks]' \
 	  'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 	$(OLDEST)/bin/python -m pytest -q -m '$(MARKS)' $(OLDEST_TESTS)
 

@@ -117,7 +117,8 @@ def test_other_modes_are_pictures(mode: str) -> None:
     image = picture(40, 30).convert("P" if mode == "PA" else "RGB").convert(mode)
     pixels = [Picture.of(image).pixels()]
     if mode != "PA":  # no format has it
-        pixels.append(np.asarray(decode(encoded(image, "TIFF"), ("TIFF",))))
+        how = {"compression": "tiff_deflate"} if mode == "YCbCr" else {}  # else Pillow 11.3 reads not what it writes
+        pixels.append(np.asarray(decode(encoded(image, "TIFF", **how), ("TIFF",))))
     for found in pixels:
         grey = np.asarray(Image.fromarray(found).convert("L")).astype(float)
         assert np.corrcoef(grey.ravel(), GREY.ravel())[0, 1] > (0.3 if mode == "1" else 0.95)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from grappa_dist.files import read_json
 from grappa_dist.gpu_check import rows
-from grappa_dist.gpu_check.checks import Machine
+from grappa_dist.gpu_check.checks import Found, Machine
 from grappa_dist.gpu_check.inputs import digest, only_rank, unit_rows
 from grappa_dist.search.fixed_point import to_grid
 
@@ -32,6 +33,14 @@ def test_the_rows_and_the_results_of_a_cpu_are_those_stored(tmp_path: Path) -> N
     for check in (rows.kmeans, rows.knn):
         found = check(machine(tmp_path))
         assert found.wrong == ""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("check", [rows.kmeans, rows.knn])
+def test_what_a_gpu_is_compared_with_is_what_this_cpu_gives(
+    two_threads: None, tmp_path: Path, check: Callable[[Machine], Found]
+) -> None:
+    assert check(Machine(torch.device("cpu"), False, tmp_path)).wrong == ""
 
 
 def test_results_with_other_bits_are_wrong_and_other_rows_are_named_as_the_cause(

@@ -44,6 +44,16 @@ def test_the_kernel_spills_nothing_on_any_gpu_at_any_width(capability: int, widt
     check(capability, width)
 
 
+def test_no_number_of_rows_or_targets_compiles_the_kernel_anew() -> None:
+    from grappa_dist.search.triton_topk import top_scores_kernel
+    from tests.search.triton_compiled import CONSTANTS, POINTERS
+
+    constants = {p.name for p in top_scores_kernel.params if p.is_constexpr}
+    compiled_for = {p.name for p in top_scores_kernel.params if not p.do_not_specialize}
+    assert constants == set(CONSTANTS)
+    assert compiled_for - constants == set(POINTERS)  # else it would be for 1, and for what 16 divides
+
+
 @pytest.mark.parametrize(
     ("blocks", "tiles", "splits"),
     [
