@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from grappa_dist.data.rng import Purpose, philox
-from grappa_dist.retrieval.faiss_lists import ListedBlock, write_lists
+from grappa_dist.retrieval.faiss_lists import ListedBlock, row_bytes_of, write_lists
 from grappa_dist.retrieval.nearest import BLOCK, Rows, blocks_of, nearest
 
 FLAT_ROWS = 100_000  # read whole for each query, in some milliseconds
@@ -114,7 +114,14 @@ def write(path: Path, rows: NumberedRows, kind: Kind, before: Path | None = None
     if kind.lists:
         _write_lists(path, rows, _trained(rows, kind) if before is None else read(before, mapped=True))
         return
-    index = faiss.index_factory(rows.parts[0].shape[1], kind.factory, faiss.METRIC_INNER_PRODUCT)
+    _write_through_memory(
+        path, rows, faiss.index_factory(rows.parts[0].shape[1], kind.factory, faiss.METRIC_INNER_PRODUCT)
+    )
+
+
+def _write_through_memory(path: Path, rows: NumberedRows, index: Index) -> None:
+    import faiss
+
     for block, places in rows.blocks(rows.good):
         index.add_with_ids(block, rows.ids[places])
     faiss.write_index(index, str(path))
@@ -140,6 +147,10 @@ def _write_lists(path: Path, rows: NumberedRows, index: Index) -> None:
     empty: Any = faiss.ArrayInvertedLists(index.nlist, index.code_size)
     empty.this.disown()
     index.replace_invlists(empty, True)  # the index removes it
+    index.ntotal = 0
+    if not row_bytes_of(faiss.serialize_index(index).tobytes(), index.nlist):
+        _write_through_memory(path, rows, index)
+        return
     index.ntotal = len(rows.ids) - len(rows.bad)
     sizes = np.bincount(lists[lists >= 0], minlength=index.nlist)
     blocks = (ListedBlock(block, rows.ids[places], lists[places]) for block, places in rows.blocks(rows.good))

@@ -43,11 +43,9 @@ def write_lists(path: Path, empty: bytes, sizes: Ids, blocks: Iterable[ListedBlo
     Args:
         empty: the index as faiss writes it when no list has a row, but with the number of rows that it is to have.
         sizes: (L,) rows of each list, which `blocks` must have together.
-
-    Raises:
-        ValueError: this faiss writes lists in another way.
     """
-    row_bytes = _row_bytes(empty, len(sizes))
+    row_bytes = row_bytes_of(empty, len(sizes))
+    assert row_bytes, "this faiss writes lists in another way"
     head = empty[: -_EMPTY.size] + _size_table(sizes, row_bytes)
     ends = np.cumsum(sizes * (row_bytes + _ID_BYTES)) // _UNIT
     starts = ends - sizes * (row_bytes + _ID_BYTES) // _UNIT  # behind the head, counted in units of _UNIT
@@ -71,16 +69,17 @@ def write_lists(path: Path, empty: bytes, sizes: Ids, blocks: Iterable[ListedBlo
     words.flush()
 
 
-def _row_bytes(empty: bytes, num_lists: int) -> int:
-    """Bytes of a row in a list."""
-    end = empty[-_EMPTY.size :]
-    mark, lists, row_bytes, form, count = _EMPTY.unpack(end.rjust(_EMPTY.size, b"\0"))
-    if (mark, lists, form, count) != (_LISTS, num_lists, _SOME, 0) or row_bytes % _UNIT:
-        raise ValueError(
-            f"faiss: an index without rows ends with {end.hex()}, expected {_LISTS.decode()}, "
-            f"{num_lists} lists, {_SOME.decode()} and 0, as versions 1.9 to 1.15 write it"
-        )
-    return int(row_bytes)
+def row_bytes_of(empty: bytes, num_lists: int) -> int:
+    """Bytes of a row in a list; 0 where this faiss writes lists in another way than versions 1.9 to 1.15.
+
+    Args:
+        empty: the index as faiss writes it when no list has a row.
+    """
+    if len(empty) < _EMPTY.size:
+        return 0
+    mark, lists, row_bytes, form, count = _EMPTY.unpack(empty[-_EMPTY.size :])
+    known = (mark, lists, form, count) == (_LISTS, num_lists, _SOME, 0) and row_bytes % _UNIT == 0
+    return int(row_bytes) if known else 0
 
 
 def _size_table(sizes: Ids, row_bytes: int) -> bytes:

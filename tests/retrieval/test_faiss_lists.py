@@ -12,7 +12,7 @@ import pytest
 
 from grappa_dist.retrieval import faiss_index, faiss_lists
 from grappa_dist.retrieval.faiss_index import Kind, NumberedRows, read, write
-from grappa_dist.retrieval.faiss_lists import ListedBlock, write_lists
+from grappa_dist.retrieval.faiss_lists import _EMPTY, row_bytes_of
 from grappa_dist.retrieval.nearest import Rows, blocks_of
 
 MIB = 2**20
@@ -138,10 +138,17 @@ def test_a_process_that_writes_an_index_does_not_hold_its_rows(tmp_path: Path, m
     assert (index.ntotal, index.d) == (count, channels)
 
 
-def test_an_index_that_faiss_would_write_in_another_way_is_refused(tmp_path: Path) -> None:
-    nothing: list[ListedBlock] = []
-    for empty in (b"\0" * 100, b""):
-        with pytest.raises(
-            ValueError, match=r"faiss: an index without rows ends with 0*, expected ilar, 4 lists, sprs"
-        ):
-            write_lists(tmp_path / "index", empty, np.zeros(4, np.int64), nothing)
+@pytest.mark.parametrize("empty", [b"", b"\0" * 100, b"\0" * 50 + _EMPTY.pack(b"ilar", 5, 8, b"sprs", 0)])
+def test_another_layout_of_lists_is_not_taken_for_the_known_one(empty: bytes) -> None:
+    assert row_bytes_of(empty, 4) == 0
+    assert row_bytes_of(b"\0" * 50 + _EMPTY.pack(b"ilar", 4, 8, b"sprs", 0), 4) == 8
+
+
+def test_a_faiss_with_another_layout_writes_the_index_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = numbered(drawn(500, 8), bad=(3, 499))
+    write(tmp_path / "row by row", rows, kind_of(16, 500))
+    monkeypatch.setattr(faiss_index, "row_bytes_of", lambda empty, num_lists: 0)
+    write(tmp_path / "at once", rows, kind_of(16, 500))
+    assert (tmp_path / "at once").read_bytes() == (tmp_path / "row by row").read_bytes()
+    write(tmp_path / "kept", rows, kind_of(16, 500), tmp_path / "at once")
+    assert (tmp_path / "kept").read_bytes() == (tmp_path / "at once").read_bytes()
