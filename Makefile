@@ -6,7 +6,8 @@ PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest -q --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 BIN = $(VENV)/bin
 # uv, where it is installed, takes seconds where pip takes minutes; it does not read PIP_FIND_LINKS itself.
-INSTALL = $(if $(shell command -v uv),UV_FIND_LINKS='$(PIP_FIND_LINKS)' uv pip install --quiet --python $(BIN)/python,\
+UV = UV_FIND_LINKS='$(PIP_FIND_LINKS)' uv
+INSTALL = $(if $(shell command -v uv),$(UV) pip install --quiet --python $(BIN)/python,\
   $(BIN)/python -m pip install --quiet --disable-pip-version-check)
 READY = $(VENV)/.ready
 
@@ -41,7 +42,7 @@ OLDEST_TESTS = tests/models tests/training tests/search tests/kmeans tests/knn t
   tests/distributed tests/inputs tests/make_shards
 test-oldest: ## tests of images, models, training, k-means, k-NN and stages with the oldest versions that pyproject.toml allows; needs uv and 7 GB
 	$(PYTHON) -m venv $(OLDEST)
-	uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[$(FAISS),parquet,heif,benchmarks]' \
+	$(UV) pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[$(FAISS),parquet,heif,benchmarks]' \
 	  'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 	$(OLDEST)/bin/python -m pytest -q -m '$(MARKS)' $(OLDEST_TESTS)
 

@@ -108,15 +108,11 @@ def write(path: Path, rows: NumberedRows, kind: Kind, before: Path | None = None
     Args:
         before: an index with lists, which are kept; rows that it has stay in theirs. None: new lists are made.
     """
-    import faiss
-
     _set_threads()
     if kind.lists:
         _write_lists(path, rows, _trained(rows, kind) if before is None else read(before, mapped=True))
         return
-    _write_through_memory(
-        path, rows, faiss.index_factory(rows.parts[0].shape[1], kind.factory, faiss.METRIC_INNER_PRODUCT)
-    )
+    _write_through_memory(path, rows, _empty(rows, kind))
 
 
 def _write_through_memory(path: Path, rows: NumberedRows, index: Index) -> None:
@@ -127,11 +123,15 @@ def _write_through_memory(path: Path, rows: NumberedRows, index: Index) -> None:
     faiss.write_index(index, str(path))
 
 
-def _trained(rows: NumberedRows, kind: Kind) -> Index:
-    """New lists, without rows."""
+def _empty(rows: NumberedRows, kind: Kind) -> Index:
     import faiss
 
-    index = faiss.index_factory(rows.parts[0].shape[1], kind.factory, faiss.METRIC_INNER_PRODUCT)
+    return faiss.index_factory(rows.parts[0].shape[1], kind.factory, faiss.METRIC_INNER_PRODUCT)
+
+
+def _trained(rows: NumberedRows, kind: Kind) -> Index:
+    """New lists, without rows."""
+    index = _empty(rows, kind)
     index.train(rows.take(rows.sample(TRAIN_PER_LIST * kind.lists, kind.lists)))
     return index
 
@@ -147,14 +147,15 @@ def _write_lists(path: Path, rows: NumberedRows, index: Index) -> None:
     empty: Any = faiss.ArrayInvertedLists(index.nlist, index.code_size)
     empty.this.disown()
     index.replace_invlists(empty, True)  # the index removes it
-    index.ntotal = 0
-    if not row_bytes_of(faiss.serialize_index(index).tobytes(), index.nlist):
+    index.ntotal = len(rows.ids) - len(rows.bad)
+    head = faiss.serialize_index(index).tobytes()
+    if not row_bytes_of(head, index.nlist):
+        index.ntotal = 0
         _write_through_memory(path, rows, index)
         return
-    index.ntotal = len(rows.ids) - len(rows.bad)
     sizes = np.bincount(lists[lists >= 0], minlength=index.nlist)
     blocks = (ListedBlock(block, rows.ids[places], lists[places]) for block, places in rows.blocks(rows.good))
-    write_lists(path, faiss.serialize_index(index).tobytes(), sizes, blocks)
+    write_lists(path, head, sizes, blocks)
 
 
 def _lists_held(index: Index, rows: NumberedRows) -> NDArray[np.int32]:
