@@ -253,6 +253,11 @@ class Variant:
         return VARIANTS[name]
 
     @property
+    def is_weakened(self) -> bool:
+        """Whether `evaluate.strengths` is about it."""
+        return not self.is_baseline and not self.per_gallery
+
+    @property
     def is_baseline(self) -> bool:
         """Whether it only serves to compare with: adaptors that start at random, or labels, are not the method."""
         return self.labels or self.start != "adapted"
@@ -276,6 +281,20 @@ VARIANTS: Mapping[str, Variant] = {  # in the order of the report
         Variant("supervised", optimizer="adam", labels=True),
     )
 }
+
+
+def at_strength(model: str, strength: float) -> str:
+    """The name of a model at a strength of adaptation, `average@0.5`; at full strength that of the model."""
+    return model if strength == 1 else f"{model}@{str(float(abs(strength))).removesuffix('.0')}"
+
+
+def split_strength(name: str) -> tuple[str, float]:
+    """The name of a model without its strength of adaptation, and that: 1 where the name has none."""
+    model, at, strength = name.rpartition("@")
+    try:
+        return (model, float(strength)) if at else (name, 1.0)
+    except ValueError:
+        return name, 1.0
 
 
 class FuseConfig(Section):
@@ -327,6 +346,13 @@ class EvaluateConfig(Section):
     # The exported model: auto, backbone, `k=<K>` or a variant. auto: the best on half of the labelled test queries, and
     # without labels the last of fuse.variants that is no baseline
     export: Annotated[str, BeforeValidator(lambda value: AUTO if value is None else value)] = AUTO
+    strengths: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()  # of adaptation: adds the rows `average@0.5`, ...
+
+    @model_validator(mode="after")
+    def _distinct(self) -> EvaluateConfig:
+        if len(set(self.strengths)) < len(self.strengths):
+            raise ValueError(f"evaluate.strengths must be distinct, got {list(self.strengths)}")
+        return self
 
 
 class Resources(Section):
@@ -387,12 +413,19 @@ class Config(Section):
         asked, ks = self.evaluate.export, self.clustering.num_labels
         sets = [asked] * bool(re.fullmatch(r"k=[1-9]\d*", asked)) if ks == "auto" else [f"k={k}" for k in ks]
         others = [SUPERVISED_SET] if self.adapt.supervised else []
-        if asked not in (allowed := [AUTO, BACKBONE, *sets, *self.fuse.variants, *others]):
+        if asked not in (allowed := [AUTO, BACKBONE, *sets, *self.fused, *others]):
             raise ValueError(
                 f"evaluate.export={asked!r}: expected one of {', '.join(allowed)}"
                 f"{' or k=<K> of a set' if ks == 'auto' else ''}{suggestion(asked, allowed)}"
             )
         return self
+
+    @property
+    def fused(self) -> list[str]:
+        """The rows of `fuse.variants`, each after those of the same at the strengths that are evaluated, if any."""
+        strengths = sorted(self.evaluate.strengths)
+        rows = {name: (*strengths, 1.0) if VARIANTS[name].is_weakened else (1.0,) for name in self.fuse.variants}
+        return [at_strength(name, strength) for name, of_name in rows.items() for strength in of_name]
 
     @property
     def exported(self) -> str:
@@ -436,6 +469,8 @@ class Config(Section):
         tree = self.model_dump(mode="json")
         if not self.data.exclude:  # reports are named by this text, and those of earlier versions have no such settings
             del tree["data"]["exclude"], tree["data"]["duplicates"]
+        if not self.evaluate.strengths:
+            del tree["evaluate"]["strengths"]
         later = {"checkpoint_s": 300.0, "gpu_log_s": 3.0, "copies_dir": None, "copies_bytes": None}  # likewise
         tree["resources"] = {k: v for k, v in tree["resources"].items() if (k, v) not in later.items()}
         for section, *keys in _PATH_SETTINGS:

@@ -109,7 +109,7 @@ def work_ahead(config: Config, sizes: Mapping[str, int], *, sharded: int, rows_p
     rows = sizes["train"]
     test_rows = sizes["test"] if config.has_test else min(rows, config.evaluate.train_images)
     ks = num_labels(config.clustering, rows)
-    models = [BACKBONE, *(f"k={k}" for k in ks), *config.fuse.variants]
+    models = [BACKBONE, *(f"k={k}" for k in ks), *config.fused]
     shards, tested = (tuple(map(len, split_evenly(range(n), rows_per_shard))) for n in (rows, test_rows))
     same = not config.has_test  # training images are looked at, and have their features
     return Work(

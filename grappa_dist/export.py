@@ -30,7 +30,7 @@ from grappa_dist.files import Sum, read_json, recorded, save_tensors, write_json
 from grappa_dist.inputs import living_shards_of
 from grappa_dist.make_shards.left_out import BAD_LIST, write_list
 from grappa_dist.models import Grappa
-from grappa_dist.models.model_config import CONFIG_FILE, FORMAT
+from grappa_dist.models.model_config import CONFIG_FILE, FORMAT, with_strength
 from grappa_dist.models.precision import Precision
 from grappa_dist.models.spec import (
     WEIGHTS_FILE,
@@ -58,7 +58,11 @@ _EMBED_SETTINGS = (
 
 
 def load_model(
-    run_or_model_dir: str | Path, *, trust_modules: bool | None = None, precision: Precision | None = None
+    run_or_model_dir: str | Path,
+    *,
+    trust_modules: bool | None = None,
+    precision: Precision | None = None,
+    strength: float | None = None,
 ) -> RetrievalModel:
     """The model of a run directory or of an exported model directory, on the CPU.
 
@@ -66,13 +70,15 @@ def load_model(
         trust_modules: whether the module of a backbone called `module:function` may be imported, which runs it; it must
             be importable. None: only in a run directory where a run of the same user imported it.
         precision: "fp32" or "bf16", in which it computes; None: as its run did, on any device.
+        strength: of adaptation, from 0, the backbone, to 1, as trained; None: as exported.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not
-            trusted; or a file of it does not hold what was exported.
+            trusted; or a file of it does not hold what was exported; or the strength is another number, or one of a
+            model without adaptor sets.
     """
     path = Path(run_or_model_dir).expanduser()
-    grappa, config = load_grappa(path, trust_modules=trust_modules, precision=precision)
+    grappa, config = load_grappa(path, trust_modules=trust_modules, precision=precision, strength=strength)
     galleries = {task: torch.tensor(weights) for task, weights in config.get("galleries", {}).items()}
     return RetrievalModel(grappa, config["sets"], galleries)
 
@@ -200,7 +206,7 @@ def write_model(spec: ModelSpec, folder: Path, why: Mapping[str, Any] = MappingP
         config["precision"] = spec.backbone.computes_in
     if spec.galleries is not None:
         config["galleries"] = {task: gallery["weights"] for task, gallery in load_galleries(spec.galleries).items()}
-    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / CONFIG_FILE, with_strength(config, spec.strength))
 
 
 def embed_images(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from grappa_dist.artifacts import Artifact, Store, numbered
-from grappa_dist.config import AUTO, BACKBONE, SUPERVISED, SUPERVISED_SET, Config, Variant
+from grappa_dist.config import AUTO, BACKBONE, SUPERVISED, SUPERVISED_SET, Config, Variant, split_strength
 from grappa_dist.data.open_images import generated_artifacts
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
@@ -197,9 +197,10 @@ def _models(
         BACKBONE: ModelSpec(BACKBONE, config.backbone),
         **{f"k={k}": replace(fused, name=f"k={k}", adaptors=(a,)) for k, a in adaptors.items()},
     }
-    for name in config.fuse.variants:
-        models[name] = replace(fused, name=name, fusion=fusions.get(name))
-        if random_sets := Variant.parse(name).num_random_sets(len(adaptors)):
+    for name in config.fused:
+        variant, strength = split_strength(name)
+        models[name] = replace(fused, name=name, fusion=fusions.get(variant), strength=strength)
+        if random_sets := Variant.parse(variant).num_random_sets(len(adaptors)):
             models[name] = replace(models[name], adaptors=(), random_sets=random_sets)
     if supervision is not None and supervision.adaptors is not None:
         models[SUPERVISED_SET] = replace(fused, name=SUPERVISED_SET, adaptors=(supervision.adaptors,))

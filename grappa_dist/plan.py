@@ -195,7 +195,7 @@ def _stages(
     yield "adapt", f"{_describe_jobs(config, len(ks))}, {steps}", list(flow.adaptors.values()) if flow else []
     yield from _supervised_stages(config, flow, ks, adapt_steps)
     yield "fuse", _describe_fuse(config, ks, sizes["train"]), list(flow.on_pairs.values()) if flow else []
-    models = 1 + len(ks) + len(config.fuse.variants) + config.adapt.supervised
+    models = 1 + len(ks) + len(config.fused) + config.adapt.supervised
     scores = list(flow.scores.values()) if flow else []
     looked_at = "images" if config.has_test else "training images, as there is no data.test"
     features_bytes = format_bytes(4 * dim * models * sizes["test"])

@@ -48,22 +48,27 @@ def image_counts(run_dir: Path) -> dict[str, int]:
     return {"train": len(train)} | ({} if test is None else {"test": len(test)})
 
 
-def export_from_run(run_dir: Path, name: str, out: Path, *, trust_modules: bool | None = None) -> Path:
+def export_from_run(
+    run_dir: Path, name: str, out: Path, *, trust_modules: bool | None = None, strength: float | None = None
+) -> Path:
     """Writes one of the models of a run into a new folder, which `load_model` reads; returns it.
 
     Args:
         run_dir: of a run that has trained this model; it is not changed, and its `model` stays as it is.
-        name: as in the table of scores: backbone, k=<K> or a variant.
+        name: as in the table of scores: backbone, k=<K> or a variant, at a strength (`average@0.5`) or not.
         out: the folder; it must not exist, or be empty.
         trust_modules: whether the module of a backbone `module:function` may be imported; None: only where a run of the
             same user imported it.
+        strength: of adaptation, in [0, 1], whether the run has scored it or not; None: that of the name.
 
     Raises:
-        ValueError: there is no such run or model, its module is not trusted, or the folder holds something.
+        ValueError: there is no such run or model, its module is not trusted, or the folder holds something; or the
+            strength is another number, or one of the backbone.
     """
     models = models_of(run_dir)
     if name not in models:
         raise ValueError(f"{run_dir} has no model {name!r}; it has {', '.join(models)}{suggestion(name, models)}")
+    spec = models[name] if strength is None else models[name].at(strength)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; expected a folder that does not exist, or is empty")
     backbone = read_config(run_dir).backbone
@@ -71,7 +76,7 @@ def export_from_run(run_dir: Path, name: str, out: Path, *, trust_modules: bool 
     partial = out.with_name(f".{out.name}.partial")
     remove_folder(partial)
     make_folder(partial)
-    write_model(models[name], partial, {"export": name, "reason": "asked for, from a finished run"})
+    write_model(spec, partial, {"export": spec.name, "reason": "asked for, from a finished run"})
     for path in partial.glob(".*"):  # checksums, which config.json has
         path.unlink()
     if out.is_dir():

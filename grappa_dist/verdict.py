@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.config import AUTO, BACKBONE, VARIANTS
+from grappa_dist.config import AUTO, BACKBONE, VARIANTS, split_strength
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.significance import bootstrap_interval, mean_over_tasks, paired_test
 
@@ -92,15 +92,18 @@ class Verdict:
 
 
 def candidates(models: Iterable[str]) -> list[str]:
-    """The models that may be chosen, the simplest first: backbone, average, single sets, trained fusions.
+    """The models that may be chosen, the simplest first: backbone, average, single sets, trained fusions; of a fusion
+    at several strengths of adaptation the weakest first.
 
     No baseline and nothing that saw labels; and not `gallery`, which as a model is the average until it is given the
     images that are searched, so its scores are not those of what would be exported.
     """
-    found = set(models)
-    sets = sorted((m for m in found if m.startswith("k=")), key=lambda m: int(m[2:]))
-    fusions = [v.name for v in VARIANTS.values() if not v.is_baseline and not v.per_gallery]
-    return [m for m in (BACKBONE, *fusions[:1], *sets, *fusions[1:]) if m in found]
+    at = {m: split_strength(m) for m in models}
+    sets = sorted((m for m in at if m.startswith("k=")), key=lambda m: int(m[2:]))
+    variants = [v.name for v in VARIANTS.values() if v.is_weakened]
+    fusions = sorted((m for m in at if at[m][0] in variants), key=lambda m: (variants.index(at[m][0]), at[m][1]))  # type: ignore[arg-type]
+    averages = [m for m in fusions if at[m][0] == variants[0]]
+    return [*([BACKBONE] if BACKBONE in at else []), *averages, *sets, *fusions[len(averages) :]]
 
 
 def validation_half(classes: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -50,6 +50,7 @@ STAGES = {  # the first stage whose artefacts are made again
 RESULTS = {
     "seed": "pseudo_label",
     "data.test": "evaluate",
+    "evaluate.strengths": "its rows",
     "data.max_bad_share": "no",
     "data.shards_dir": "no",
     "data.label_field": "evaluate",

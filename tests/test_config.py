@@ -15,8 +15,10 @@ from grappa_dist.config import (
     FuseConfig,
     Variant,
     VariantName,
+    at_strength,
     fingerprint,
     load,
+    split_strength,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +122,13 @@ WRONG = [
     ("resources.cache_bytes=-1", "resources.cache_bytes=-1: Input should be greater than or equal to 0"),
     ("resources.copies_bytes=-1", "resources.copies_bytes=-1: Input should be greater than or equal to 0"),
     ("resources.requests_in_flight=0", "resources.requests_in_flight=0: Input should be greater than or equal to 1"),
+    ("evaluate.strengths=[1.5]", "evaluate.strengths.0=1.5: Input should be less than 1"),
+    ("evaluate.strengths=[1]", "evaluate.strengths.0=1: Input should be less than 1"),
+    ("evaluate.strengths=[0.5, -0.1]", "evaluate.strengths.1=-0.1: Input should be greater than or equal to 0"),
+    ("evaluate.strengths=[.nan]", "evaluate.strengths.0=nan: Input should be"),
+    ("evaluate.strengths=0.5", "evaluate.strengths=0.5: Input should be a valid list"),
+    ("evaluate.strengths=[0.5, 0.50]", "evaluate.strengths must be distinct, got [0.5, 0.5]"),
+    ("evaluate.export=average@0.5", "evaluate.export='average@0.5': expected one of auto, backbone, average, transf"),
     ("seed=-1", "seed=-1: Input should be greater than or equal to 0"),
     ("epochs", "override 'epochs' must look like section.key=value"),
     ("=5", "override '=5' must look like section.key=value"),
@@ -152,6 +161,39 @@ def test_a_row_to_compare_with_becomes_the_model_only_where_it_is_asked_for_or_a
     with pytest.raises(ValueError, match=r"evaluate.export='k=5': expected one of auto, backbone, k=4, k=8, average, "):
         config(tmp_path, SMALL, ("clustering.num_labels=[4, 8]", "evaluate.export=k=5"))
     assert config(tmp_path, SMALL, ("adapt.supervised=true", "evaluate.export=supervised-set")).evaluate.export
+
+
+def test_fusions_that_are_no_baseline_and_need_no_gallery_have_a_row_for_each_strength(tmp_path: Path) -> None:
+    variants = "fuse.variants=[neighbours, average, gallery, random-all, supervised]"
+    found = config(tmp_path, SMALL, (variants, "evaluate.strengths=[0.5, 0.25, 0]", "evaluate.export=average@0.25"))
+    weaker = [f"{name}@{s}" for name in ("neighbours", "average") for s in ("0", "0.25", "0.5")]
+    rest = ["gallery", "random-all", "supervised"]
+    assert found.fused == [*weaker[:3], "neighbours", *weaker[3:], "average", *rest]
+    assert found.exported == "average@0.25"
+    assert config(tmp_path, SMALL, (variants,)).fused == ["neighbours", "average", *rest]
+    assert config(tmp_path, SMALL, (variants, "evaluate.strengths=[0.5]")).exported == "gallery"  # as without them
+
+
+def test_a_run_without_strengths_has_the_settings_of_earlier_versions(tmp_path: Path) -> None:
+    assert "strengths" not in config(tmp_path).yaml()
+    some = config(tmp_path, SMALL, ("evaluate.strengths=[0.25, 0.5]",))
+    path = tmp_path / "again.yaml"
+    path.write_text(some.yaml())
+    assert load(path) == some
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.25, 1 / 3, 1e-5, 0.1 + 0.2, 1.0])
+@pytest.mark.parametrize("model", ["average", "neighbours-adam", "k=64", "odd@name"])
+def test_a_name_has_its_model_and_its_strength(model: str, strength: float) -> None:
+    assert split_strength(at_strength(model, strength)) == (model, strength)
+
+
+def test_a_full_strength_is_not_in_the_name_and_a_whole_number_has_no_point() -> None:
+    assert [at_strength("average", s) for s in (0, 0.0, 0.5, 1, 1.0)] == [
+        *["average@0"] * 2,
+        "average@0.5",
+        *["average"] * 2,
+    ]
 
 
 @pytest.mark.parametrize("tree", [None, [1, 2], "text"])

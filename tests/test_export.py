@@ -267,9 +267,9 @@ def test_the_config_of_an_exported_model_has_its_pixel_settings(tmp_path: Path) 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     _, artifact = exported(tmp_path)
     path = artifact.path / CONFIG_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
     (artifact.path / MANIFEST).unlink()
-    with pytest.raises(ValueError, match=r"config\.json: format 2, this version reads 1"):
+    with pytest.raises(ValueError, match=r"config\.json: format 3, this version reads 1 and 2"):
         load_model(tmp_path)
 
 

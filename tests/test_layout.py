@@ -104,6 +104,28 @@ def test_a_changed_setting_makes_anew_what_depends_on_it(
             assert not after[stage] & before[stage], stage
 
 
+def test_strengths_add_rows_and_leave_all_other_artefacts_their_names(tmp_path: Path, shards: list[str]) -> None:
+    plain = flow_of(tmp_path, shards)
+    some, more = (flow_of(tmp_path, shards, evaluate={"strengths": s}) for s in ((0.5,), (0.5, 0.0)))
+    assert list(some.models) == [
+        *["backbone", "k=4", "k=6", "average@0.5", "average"],
+        *["transforms@0.5", "transforms", "neighbours@0.5", "neighbours"],
+    ]
+    for fewer, flow in ((plain, some), (some, more)):
+        assert stages_of(flow)["report"] != stages_of(fewer)["report"]
+        assert all(stages_of(flow)[stage] == stages_of(fewer)[stage] for stage in (*ALL[:4], "model"))
+        for name in fewer.models:
+            assert flow.models[name] == fewer.models[name]
+            assert flow.test_features[name] == fewer.test_features[name]
+            assert (flow.scores[name], flow.insights[name]) == (fewer.scores[name], fewer.insights[name])
+    assert {len(set(features)) for features in more.test_features.values()} == {len(more.test.shards)}
+    assert len({a.name for features in more.test_features.values() for a in features}) == 12 * len(more.test.shards)
+    named = flow_of(tmp_path, shards, evaluate={"strengths": (0.5,), "export": "average@0.5"})
+    assert named.model.kind == "models/average@0.5"
+    assert named.model.inputs["strength"] == "0.5"
+    assert (named.models["average@0.5"].strength, named.models["average"].strength) == (0.5, 1)
+
+
 def test_a_fusion_is_named_by_the_graph_that_auto_settles_on(tmp_path: Path, shards: list[str]) -> None:
     def named(**settings: Any) -> str:
         fuse = {"variants": ("neighbours",), **settings}

@@ -51,6 +51,17 @@ def test_candidates_are_the_simplest_first_without_baselines_labels_and_gallery(
     assert candidates(models) == ["backbone", "average", "k=4", "k=16", "transforms", "neighbours"]
 
 
+def test_of_a_fusion_at_several_strengths_the_weakest_is_the_first_candidate() -> None:
+    weaker = ["neighbours@0.5", "average@0.5", "average@0", "neighbours@0.25", "average@0.25"]
+    assert candidates([*MODELS, *weaker, "gallery", "gallery@0.5", "random-one@0.5", "supervised"]) == [
+        "backbone",
+        *["average@0", "average@0.25", "average@0.5", "average"],
+        *["k=4", "k=16"],
+        *["neighbours@0.25", "neighbours@0.5", "neighbours"],
+    ]
+    assert candidates(["neighbours@0.5", "k=4"]) == ["k=4", "neighbours@0.5"]
+
+
 def test_the_best_mean_over_tasks_is_chosen_and_the_first_of_equals() -> None:
     equal = np.array([0.1, 0.2, 0.3, 0.4])
     of_equals: Mapping[str, NDArray[np.float64]] = {"backbone": equal, "average": equal[::-1], "k=4": equal}

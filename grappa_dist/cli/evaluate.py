@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from grappa_dist.cli.verb import split_words, verb, words
-from grappa_dist.cli.with_model import label_column_option, list_left_out, places_of, with_device, with_model
+from grappa_dist.cli.with_model import (
+    label_column_option,
+    list_left_out,
+    places_of,
+    strength_option,
+    with_device,
+    with_model,
+)
 from grappa_dist.console import Ending
 
 _FILES = {  # option -> what is written
@@ -30,6 +37,7 @@ _DEPTHS = "1,5,10"
         "grappa-dist evaluate --model runs/mine --images list.csv --split-column split --json scores.json",
         "grappa-dist evaluate --model runs/mine --queries shots/ --gallery shop/ --distractors crawl/",
         "grappa-dist evaluate --model runs/mine --against runs/other --images shards/test",
+        "grappa-dist evaluate --model runs/mine --strength 0.5 --against runs/mine --images photos/",
         "grappa-dist evaluate --model timm:vit_small_patch16_224.dino --images photos/ backbone.image_size=112",
         "grappa-dist evaluate --model runs/mine --label 200",
         "grappa-dist evaluate --model runs/mine --images photos/ --label 200 --answers answers.jsonl",
@@ -37,6 +45,7 @@ _DEPTHS = "1,5,10"
 )
 @words("given", "[PLACE]...")
 @with_model(weights="")
+@strength_option
 @click.option(
     "--images",
     multiple=True,

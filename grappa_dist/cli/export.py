@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from grappa_dist.cli.verb import OneOf, verb
-from grappa_dist.cli.with_model import gallery_weights, places_of, trust_modules
+from grappa_dist.cli.with_model import gallery_weights, places_of, strength_option, trust_modules
 from grappa_dist.console import Ending
 from grappa_dist.output import printable
 
@@ -27,6 +27,7 @@ _OF_FORMATS = {"dtype": "fp32", "gallery": None, "check_images": (), "check_coun
         "grappa-dist export runs/mine --name average --to onnx --out models/average.onnx",
         "grappa-dist export models/birds --to torch --dtype fp16 --out models/birds.pt2",
         "grappa-dist export runs/mine --to hub-folder --out models/for-the-hub",
+        "grappa-dist export runs/mine --name average --strength 0.5 --out models/half",
     ],
 )
 @click.argument("source", metavar="RUN|MODEL")
@@ -39,6 +40,7 @@ _OF_FORMATS = {"dtype": "fp32", "gallery": None, "check_images": (), "check_coun
     "--dtype", type=OneOf(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Of the weights."
 )
 @gallery_weights()
+@strength_option
 @click.option(
     "--check-images",
     multiple=True,
@@ -67,10 +69,13 @@ def command(
         if (name is None) != (out is None):
             raise click.UsageError("--name and --out go together, unless there is --to")
         if name is None or out is None:
+            if options["strength"] is not None:
+                raise click.UsageError("--strength goes with --name and --out, or with --to")
             print(printable("\n".join(models_of(root))))
             return
         target = Path(expanded(out, "--out")).absolute()
-        print(printable(f"model   {export_from_run(root, name, target, trust_modules=trust_modules)}"))
+        how: dict[str, Any] = {"trust_modules": trust_modules, "strength": options["strength"]}
+        print(printable(f"model   {export_from_run(root, name, target, **how)}"))
         return
     if out is None:
         raise click.UsageError(f"--to {to} needs --out, the {'file' if to in ('onnx', 'torch') else 'folder'} to write")
@@ -96,4 +101,5 @@ def _wanted(to: str, name: str | None, trust_modules: bool | None, options: dict
         places_of(options["check_images"], "--check-images"),
         options["check_count"] or CHECK_IMAGES,
         trust_modules,
+        options["strength"],
     )

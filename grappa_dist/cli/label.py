@@ -79,7 +79,8 @@ def _images(options: Options, settings: Sequence[str]) -> MapImages:
     root = Path(expanded(options["model"], "--model"))
     if not root.is_dir():
         raise ValueError(f"{options['model']}: is no run directory, so it has no images; expected --images PLACE")
-    if settings or options["against"] != OWN_BACKBONE:
-        what = " ".join(settings) or f"--against {options['against']}"
+    strength = "" if options["strength"] is None else f"--strength {options['strength']}"
+    if settings or strength or options["against"] != OWN_BACKBONE:
+        what = " ".join(settings) or strength or f"--against {options['against']}"
         raise ValueError(f"{what}: without --images a run is compared with its own backbone; expected --images PLACE")
     return images_of_run(root, MOST)

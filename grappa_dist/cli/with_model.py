@@ -52,6 +52,13 @@ def gallery_weights(older: str = "--gallery") -> Callable[[Callable[..., Any]], 
     )
 
 
+strength_option = click.option(
+    "--strength",
+    type=float,
+    metavar="S",
+    help="Of adaptation: from 0, the backbone, to 1, as trained (default: as exported).",
+)
+
 trust_modules = click.option(
     "--trust-modules",
     is_flag=True,
@@ -142,6 +149,7 @@ def collections_of(options: Options, settings: Sequence[str], places: Sequence[s
         None if options["against"] == "none" else expanded(options["against"], "--against"),
         options["device"],
         gallery=options["gallery"],
+        strength=options.get("strength"),
         settings=settings,
         trust_modules=options["trust_modules"],
     )

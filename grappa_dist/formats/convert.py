@@ -29,7 +29,7 @@ from grappa_dist.formats.exportable import (
     describe_preprocess,
     trace,
 )
-from grappa_dist.models.model_config import CONFIG_FILE
+from grappa_dist.models.model_config import CONFIG_FILE, with_strength
 from grappa_dist.models.spec import WEIGHTS_FILE, check_trust, exported_config
 from grappa_dist.models.weights import tensors_of
 
@@ -52,6 +52,7 @@ class Wanted:
     check_images: Sequence[str] = ()  # folders, lists or shards; none: generated images
     check_count: int = CHECK_IMAGES
     trust_modules: bool | None = None
+    strength: float | None = None  # of adaptation; None: as exported
 
 
 def convert(source: Path, out: Path, wanted: Wanted, log: Log = lambda line: None) -> Check:
@@ -89,7 +90,7 @@ class _Task:
 
     @property
     def config(self) -> dict[str, Any]:
-        return exported_config(self.folder)[1]
+        return _config_of(self.folder, self.wanted)
 
     def compared(self, exported: Embed) -> Check:
         wanted = self.wanted
@@ -107,6 +108,7 @@ class _Task:
             "gallery": self.wanted.gallery,
             "backbone": config["backbone"],
             "dtype": self.wanted.dtype,
+            **({"strength": config["strength"]} if "strength" in config else {}),
             "preprocess": describe_preprocess(self.model.transform.preprocess),
             "versions": versions(_PACKAGES[self.wanted.to]),
         }
@@ -126,7 +128,8 @@ def _model_folder(source: Path, wanted: Wanted, aside: Path) -> Path:
     if wanted.name is not None and (source / RUN_CONFIG).is_file():
         from grappa_dist.run_models import export_from_run
 
-        return export_from_run(source, wanted.name, aside / "model", trust_modules=wanted.trust_modules)
+        trust, strength = wanted.trust_modules, wanted.strength
+        return export_from_run(source, wanted.name, aside / "model", trust_modules=trust, strength=strength)
     folder, config = exported_config(source)
     if wanted.name not in (None, config["variant"]):
         raise ValueError(f"{source} is the folder of one model, {config['variant']}; --name {wanted.name} is of a run")
@@ -134,10 +137,17 @@ def _model_folder(source: Path, wanted: Wanted, aside: Path) -> Path:
     return folder
 
 
+def _config_of(folder: Path, wanted: Wanted) -> dict[str, Any]:
+    """The content of config.json, at the strength that is wanted."""
+    config = exported_config(folder)[1]
+    return config if wanted.strength is None else with_strength(config, wanted.strength)
+
+
 def _opened(folder: Path, wanted: Wanted, log: Log) -> RetrievalModel:
     """The model with the weights of its gallery, and a line about it."""
-    model = load_model(folder, trust_modules=True, precision="fp32")  # as _model_folder has checked
-    config = exported_config(folder)[1]
+    strength = wanted.strength
+    model = load_model(folder, trust_modules=True, precision="fp32", strength=strength)  # as _model_folder has checked
+    config = _config_of(folder, wanted)
     if wanted.gallery is not None and wanted.to in FOLDERS:
         raise ValueError(
             f"--gallery-weights {wanted.gallery}: is for onnx and torch; a folder has those of all galleries"

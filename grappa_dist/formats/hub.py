@@ -167,6 +167,8 @@ def _what(facts: Facts) -> Iterator[str]:
     yield "[Grappa](https://arxiv.org/abs/2210.02254) (Almazán et al., ECCV 2022) as grappa-dist implements it."
     yield ""
     yield f"- Variant: {code(config['variant'])}. Adaptor sets: {sets}"
+    if "strength" in config:
+        yield f"- Strength of adaptation: {config['strength']:g}, where 0 is the backbone and 1 the model as trained"
     yield f"- Backbone: {code(config['backbone']['name'])}, whose weights are in `model.safetensors`"
     yield f"- Licence of the backbone: {code(licence[0])} ({licence[1]})"
     yield f"- Numbers: {facts.about['dtype']}"

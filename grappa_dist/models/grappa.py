@@ -9,6 +9,9 @@ sets in models/packed.py. tests/reference.py has Algorithm 1 line by line, as th
 The layer wraps any block and never opens it. With x and y the two terms of the block's output h = x + y, the paper's
 U_i = A_i(h) + y and out = sum_i alpha_i U_i + x equal h + sum_i alpha_i A_i(h), since alpha sums to one; and y adds the
 same number to all N logits, which softmax ignores.
+
+At a strength s of adaptation below 1, which is set after training, the layer gives h + s (out - h), the backbone at 0.
+The attention of a layer is computed as without it.
 """
 
 from __future__ import annotations
@@ -139,11 +142,17 @@ class GrappaLayer(nn.Module):
         self.register_buffer("product", None, persistent=False)
         self.register_module("wide", None)
         self._single = False  # whether all sets but one have weight zero
+        self.strength = 1.0  # of adaptation, in [0, 1]
         self.alpha: Tensor | None = None  # (B, N) of the last forward, detached
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, T, D) -> (B, T, D); further arguments go to the block."""
         h: Tensor = self.block(tokens, *args, **kwargs)
+        out = self._adapted(h)
+        return out if self.strength == 1 else torch.lerp(h, out, self.strength)  # at 0 it is h to the bit
+
+    def _adapted(self, h: Tensor) -> Tensor:
+        """The layer's output at full strength, (B, T, D)."""
         sets = self.adaptors
         if self.wide is not None:
             out, _ = fused_adaptors(h, self.wide.weights, AttentionParameters())
@@ -234,6 +243,24 @@ class Grappa(nn.Module):
         for layer in self.layers:
             layer.weigh(weights)
 
+    @property
+    def strength(self) -> float:
+        """Of adaptation, in [0, 1]; 1 is the model as trained."""
+        return self.layers[0].strength if self.num_sets else 1.0
+
+    def set_strength(self, strength: float) -> None:
+        """How far every layer goes from its block's output, 0: the backbone bit for bit, to its own, 1: as trained.
+
+        The attention of a layer is computed as without it; of later layers it changes with their input. It stays until
+        it is set again, whatever is weighed and folded.
+
+        Raises:
+            ValueError: it is not in [0, 1], or there are no adaptor sets.
+        """
+        check_strength(strength, self.num_sets)
+        for layer in self.layers:
+            layer.strength = float(strength)
+
     def fold(self) -> None:
         """Makes inference cheaper, equal up to rounding, until `weigh`; parameters must not change afterwards."""
         for layer in self.layers:
@@ -295,6 +322,14 @@ class Grappa(nn.Module):
         for layer in self.layers:
             if layer.attention is not None:
                 layer.attention.requires_grad_(True)
+
+
+def check_strength(strength: float, num_sets: int) -> None:
+    """Raises ValueError for what is no strength of adaptation of a model of so many adaptor sets."""
+    if not num_sets:
+        raise ValueError(f"strength={strength}: the model is the backbone alone and has no adaptor sets to weaken")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength}: expected a number from 0, the backbone, to 1, the model as trained")
 
 
 def _check_fit(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, numbered
 from grappa_dist.checksums import MANIFEST, compare, damaged, read_manifest, verified
-from grappa_dist.config import BackboneConfig, fingerprint
+from grappa_dist.config import BackboneConfig, at_strength, fingerprint, split_strength
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
-from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, replace, save_tensors
+from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, save_tensors
+from grappa_dist.files import replace as replace_file
 from grappa_dist.models import Backbone, Grappa, check_image_size, create_backbone
 from grappa_dist.models.backbone import check_name, check_weights, source_of
-from grappa_dist.models.model_config import CONFIG_FILE, check_config, check_size, is_own_backbone
+from grappa_dist.models.grappa import check_strength
+from grappa_dist.models.model_config import CONFIG_FILE, check_config, check_size, is_own_backbone, with_strength
 from grappa_dist.models.precision import Precision
 from grappa_dist.models.shared_backbone import SharedBackbone
 from grappa_dist.models.weights import check_weights_file, load_tensors
@@ -51,11 +53,13 @@ class ModelSpec:
     weights_sha256: str = ""  # of an exported model, its identity: `identity_of`
     set_weights: tuple[float, ...] = ()  # of the exported model, where not as exported
     trusted: bool = False  # whether the module that an exported model names may be imported
+    strength: float = 1.0  # of adaptation: `Grappa.set_strength`
 
     @property
     def inputs(self) -> dict[str, Artifact | str]:
         more = {"fusion": self.fusion, "galleries": self.galleries, "weights": self.weights_sha256}
         more["weighed"] = json.dumps(self.set_weights) if self.set_weights else ""
+        more["strength"] = "" if self.strength == 1 else str(self.strength)
         return {**numbered("adaptors", self.adaptors), **{name: given for name, given in more.items() if given}}
 
     @property
@@ -63,6 +67,15 @@ class ModelSpec:
         """Names of the adaptor sets: of their partitions, or numbers for randomly initialised sets."""
         random = [f"random {number}" for number in range(1, self.random_sets + 1)]
         return random or [artifact.kind.removeprefix("adaptors/") for artifact in self.adaptors]
+
+    def at(self, strength: float) -> ModelSpec:
+        """The same model at a strength of adaptation.
+
+        Raises:
+            ValueError: it is not in [0, 1], or there are no adaptor sets.
+        """
+        check_strength(strength, len(self.sets))
+        return replace(self, name=at_strength(split_strength(self.name)[0], strength), strength=float(strength))
 
     @property
     def has_attention(self) -> bool:
@@ -147,6 +160,8 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
         exported.requires_grad_(False).eval()
         if spec.set_weights:
             exported.weigh(torch.tensor(spec.set_weights))
+        if exported.num_sets:
+            exported.set_strength(spec.strength)
         exported.fold()
         return exported.to(device)
     backbone = build_backbone(spec.backbone)
@@ -155,19 +170,32 @@ def build(spec: ModelSpec, device: torch.device) -> nn.Module:
     return _filled(Grappa(backbone, len(spec.sets), spec.bottleneck, attention=spec.has_attention), spec, device)
 
 
-def _filled(model: Grappa, spec: ModelSpec, device: torch.device, same_sets: Grappa | None = None) -> Grappa:
+def _filled(
+    model: Grappa,
+    spec: ModelSpec,
+    device: torch.device,
+    *,
+    same_sets: Grappa | None = None,
+    same_fusion: Grappa | None = None,
+) -> Grappa:
     """The model with its trained weights, frozen, on the device.
 
     Args:
         same_sets: one that holds the same adaptor sets there; they are not held twice.
+        same_fusion: one that holds the same fusion there, likewise.
     """
     if same_sets is not None:
         for layer, other in zip(model.layers, same_sets.layers, strict=True):
             layer.adaptors = other.adaptors
     elif spec.sets:
         model.load_adaptors(_load_sets(spec))
-    if spec.fusion:
+    if same_fusion is not None:
+        for layer, other in zip(model.layers, same_fusion.layers, strict=True):
+            layer.attention = other.attention
+    elif spec.fusion:
         model.load_attention(load_weights(spec.fusion.path / FUSION_FILE))
+    if spec.sets:
+        model.set_strength(spec.strength)
     return model.requires_grad_(False).eval().to(device)
 
 
@@ -213,17 +241,18 @@ def exported_spec(
     *,
     trust_modules: bool | None = None,
     precision: Precision | None = None,
+    strength: float | None = None,
 ) -> ModelSpec:
     """The description of an exported model.
 
     Args:
         gallery: the task of the run whose set weights are used; None: as exported, which is the average for the variant
             `gallery`.
-        trust_modules, precision: as for `load_grappa`.
+        trust_modules, precision, strength: as for `load_grappa`.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, one that names a module which is not
-            trusted, or one without weights for that gallery.
+            trusted, or one without weights for that gallery or without adaptor sets for that strength.
     """
     folder, config = exported_config(run_or_model_dir)
     check_trust(run_or_model_dir, config["backbone"], trust_modules)
@@ -232,29 +261,37 @@ def exported_spec(
         name=config["backbone"]["name"], kwargs=config["backbone"]["kwargs"], precision=computes_in
     )
     path = _whole(folder, WEIGHTS_FILE, config)
-    weights = identity_of(_sha256(str(path), path.stat().st_mtime_ns), computes_in)
-    galleries: dict[str, list[float]] = config.get("galleries", {})
-    if gallery is not None and gallery not in galleries:
-        raise ValueError(
-            f"{folder} has no weights for the gallery {gallery!r}; it has {', '.join(galleries) or 'none'}"
-        )
-    set_weights = tuple(galleries[gallery]) if gallery is not None else ()
+    if strength is not None:
+        check_strength(strength, len(config["sets"]))
+        config = with_strength(config, strength)
+    at = config.get("strength", 1.0)
+    weights = identity_of(_sha256(str(path), path.stat().st_mtime_ns), computes_in, at)
     return ModelSpec(
         config["variant"],
         backbone,
         exported=folder.resolve(),
         weights_sha256=weights,
-        set_weights=set_weights,
+        set_weights=_set_weights(folder, config, gallery),
         trusted=True,
+        strength=at,
     )
 
 
-def identity_of(weights_sha256: str, precision: Precision) -> str:
-    """What tells apart models whose features are not to be mixed: the hash of the weights and, but for fp32, of these
-    with the precision."""
-    if precision == "fp32":
-        return weights_sha256
-    return hashlib.sha256(f"{weights_sha256} {precision}".encode()).hexdigest()
+def _set_weights(folder: Path, config: Mapping[str, Any], gallery: str | None) -> tuple[float, ...]:
+    """The weights of the sets for a gallery, if one is named; raises ValueError where the model has none for it."""
+    galleries: dict[str, list[float]] = config.get("galleries", {})
+    if gallery is not None and gallery not in galleries:
+        raise ValueError(
+            f"{folder} has no weights for the gallery {gallery!r}; it has {', '.join(galleries) or 'none'}"
+        )
+    return tuple(galleries[gallery]) if gallery is not None else ()
+
+
+def identity_of(weights_sha256: str, precision: Precision, strength: float = 1.0) -> str:
+    """What tells apart models whose features are not to be mixed: the hash of the weights or, of these with precision
+    and strength of adaptation, as far as they are not fp32 and 1."""
+    more = ([precision] if precision != "fp32" else []) + ([f"strength {strength}"] if strength != 1 else [])
+    return hashlib.sha256(" ".join([weights_sha256, *more]).encode()).hexdigest() if more else weights_sha256
 
 
 def exported_config(run_or_model_dir: Path) -> tuple[Path, dict[str, Any]]:
@@ -334,7 +371,7 @@ def note_module(index: Path, config: BackboneConfig) -> None:
             note = {"inode": os.fstat(file.fileno()).st_ino, "modules": sorted({*known, own})}
             file.write(json.dumps(note).encode())
 
-    replace(path, write)
+    replace_file(path, write)
     path.chmod(0o600)
 
 
@@ -353,7 +390,11 @@ def _noted(path: Path) -> set[str]:
 
 
 def load_grappa(
-    run_or_model_dir: Path, *, trust_modules: bool | None = None, precision: Precision | None = None
+    run_or_model_dir: Path,
+    *,
+    trust_modules: bool | None = None,
+    precision: Precision | None = None,
+    strength: float | None = None,
 ) -> tuple[Grappa, dict[str, Any]]:
     """An exported model with its weights, and the content of its config.json.
 
@@ -361,10 +402,11 @@ def load_grappa(
         trust_modules: whether the module of a backbone `module:function` may be imported; None: only in a run directory
             where a run of the same user imported it.
         precision: in which it computes; None: as in its run, on any device.
+        strength: of adaptation, in [0, 1]; None: as exported.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, one that names a module which is not
-            trusted, or a file of it is damaged.
+            trusted, or a file of it is damaged; or that is no strength, or the model has no adaptor sets.
     """
     folder, config = exported_config(run_or_model_dir)
     check_trust(run_or_model_dir, config["backbone"], trust_modules)
@@ -374,7 +416,19 @@ def load_grappa(
     given = config["backbone"]
     backbone = create_backbone(given["name"], given["kwargs"], pixels, pretrained=False, pool=given.get("pool"))
     grappa = Grappa(backbone, len(config["sets"]), config["bottleneck"], attention=config["attention"])
-    name = config["backbone"]["name"]
+    _load_all(grappa, path, given["name"])
+    backbone.compute_in(precision or config.get("precision", "fp32"))
+    if strength is not None or "strength" in config:
+        grappa.set_strength(config["strength"] if strength is None else strength)
+    return grappa, config
+
+
+def _load_all(grappa: Grappa, path: Path, name: str) -> None:
+    """Loads the weights of a model; raises ValueError where they are not those of this one.
+
+    Args:
+        name: of the backbone.
+    """
     tensors = read_tensors(path)
     try:
         missing, unexpected = load_tensors(grappa, tensors)
@@ -387,8 +441,6 @@ def load_grappa(
             f"{path} is of another model than {name} builds here: it lacks {', '.join(missing[:3]) or 'nothing'} and "
             f"has {', '.join(unexpected[:3]) or 'nothing'} beside"
         )
-    backbone.compute_in(precision or config.get("precision", "fp32"))
-    return grappa, config
 
 
 class _Models:
@@ -400,11 +452,12 @@ class _Models:
 
     def of(self, spec: ModelSpec) -> Grappa:
         sets = (spec.bottleneck, spec.adaptors, spec.random_sets, spec.fusion if spec.random_sets else None)
-        key = (sets, spec.fusion, spec.galleries)  # a gallery's model is weighed
+        key = (sets, spec.fusion, spec.galleries, spec.strength)  # a gallery's model is weighed
         if key not in self._built:
             model = self.shared.model(len(spec.sets), spec.bottleneck, attention=spec.has_attention)
-            same_sets = next((found for (held, *_), found in self._built.items() if held == sets), None)
-            self._built[key] = _filled(model, spec, self._device, same_sets)
+            same_sets = next((found for held, found in self._built.items() if held[0] == sets), None)
+            same_fusion = next((found for held, found in self._built.items() if held[:2] == key[:2]), None)
+            self._built[key] = _filled(model, spec, self._device, same_sets=same_sets, same_fusion=same_fusion)
         return self._built[key]
 
 

@@ -124,6 +124,7 @@ def _score_row(model: str, row: Mapping[str, Any]) -> ScoreRow:
 
 def _content(run: Run, flow: Flow, rows: list[ScoreRow], verdict: Verdict | None) -> ReportContent:
     insights = {m: load_json(a.path / INSIGHT_FILE) for m, a in flow.insights.items()}
+    attended = {m: i for m, i in insights.items() if "attention" in i and flow.models[m].strength == 1}
     logs = {job_of(a): steps_of(a) for a in _trained(flow)}
     fused = {v: logs[job_of(a)] for v, a in flow.fusions.items()}
     decays = {v: by_step(steps, "decay_to_gradient") for v, steps in fused.items()}
@@ -142,8 +143,8 @@ def _content(run: Run, flow: Flow, rows: list[ScoreRow], verdict: Verdict | None
         has_test=_has_test(flow),
         labels="" if rows else describe_labels(flow),
         label_free=[*_view_figures(insights), *neighbour_figures(flow.fusions, len(flow.train))],
-        attention={m: i["attention"] for m, i in insights.items() if "attention" in i},
-        entropy={m: i["entropy"] for m, i in insights.items() if "entropy" in i},
+        attention={m: i["attention"] for m, i in attended.items()},
+        entropy={m: i["entropy"] for m, i in attended.items()},
         shares={v: by_step(steps, "attention") for v, steps in fused.items()},
         entropies={v: by_step(steps, "entropy") for v, steps in fused.items()},
         decay={v: [median(layer) for layer in zip(*d, strict=True)] for v, d in decays.items() if d},

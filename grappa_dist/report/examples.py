@@ -49,9 +49,11 @@ class Pictures:
 def sample_galleries(
     flow: Flow, pictures: Pictures, insights: Mapping[str, Any], chosen: str | None
 ) -> Iterator[Gallery]:
-    """What the backbone, the fusions and, of the single sets, the chosen model retrieve for the sample queries."""
+    """What the backbone, the fusions and, of single sets and weaker adaptation, the chosen model retrieve for the
+    sample queries."""
     ground_truth = load_ground_truth(flow.ground_truth)
-    shown = [m for m in (BACKBONE, *flow.models) if m in (BACKBONE, chosen) or not m.startswith("k=")]
+    more = [m for m, spec in flow.models.items() if not m.startswith("k=") and spec.strength == 1]
+    shown = [m for m in (BACKBONE, *flow.models) if m in (BACKBONE, chosen, *more)]
     for number, first in enumerate(insights[BACKBONE]["galleries"]):
         hits = {m: insights[m]["galleries"][number]["hits"] for m in dict.fromkeys(shown)}
         found = {m: [(hit["row"], hit["score"]) for hit in of_model] for m, of_model in hits.items()}

@@ -28,6 +28,7 @@ from grappa_dist.report.scores import (
     AVERAGE,
     SAW_LABELS,
     Scores,
+    is_learned,
     kind,
     ordered,
     recall_table,
@@ -235,9 +236,7 @@ def _profiles(scores: Scores) -> str:
     sets = [m for m in scores.models if kind(m) == "set"]
     if len(sets) < 2:
         return ""
-    learned = [
-        m for m in scores.models if kind(m) == "fusion" and m != AVERAGE and math.isfinite(scores.value(m, None))
-    ]
+    learned = [m for m in scores.models if is_learned(m) and math.isfinite(scores.value(m, None))]
     top = max(learned, key=lambda m: scores.value(m, None), default=None)
     levels = [(m, c) for m, c in ((BACKBONE, 7), (AVERAGE, 1), (top, 2)) if m is not None and m in scores.models]
     charts = []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from grappa_dist.config import BACKBONE, SUPERVISED, SUPERVISED_SET, VARIANTS, Variant
+from grappa_dist.config import BACKBONE, SUPERVISED, SUPERVISED_SET, VARIANTS, Variant, split_strength
 from grappa_dist.console import pluralize
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.html import MISSING, percent, points, text
@@ -24,7 +24,7 @@ _FAMILIES = (BACKBONE, "set", ORACLE, "fusion", "random", "supervised", "other")
 WIDTH = 120  # characters of a terminal
 COLUMNS = 7  # six tasks and their mean side by side; more tasks go below
 MOST_COLUMNS = 140  # of a page: 139 tasks and their mean
-NAME = 16
+NAME, LONGEST_NAME = 16, 22  # characters of the column of models, at least and at most
 MEAN = "mean"
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # categories that a terminal may act on or not show
 
@@ -37,24 +37,31 @@ def kind(model: str) -> str:
         return "set"
     if model in SAW_LABELS:
         return "supervised"
-    if model not in VARIANTS:
+    variant, strength = split_strength(model)
+    if variant not in VARIANTS or not (strength == 1 or VARIANTS[variant].is_weakened):
         return "other"
-    return "fusion" if Variant.parse(model).start == "adapted" else "random"
+    return "fusion" if Variant.parse(variant).start == "adapted" else "random"
+
+
+def is_learned(model: str) -> bool:
+    """Whether it is a fusion other than the average, at any strength of adaptation."""
+    return kind(model) == "fusion" and split_strength(model)[0] != AVERAGE
 
 
 def ordered(models: Iterable[str]) -> list[str]:
-    """Models as a table lists them: backbone, sets from coarse to fine, oracle, fusions, rows to compare with."""
+    """Models as a table lists them: backbone, sets from coarse to fine, oracle, fusions, rows to compare with; each
+    fusion from weak to full strength of adaptation."""
 
-    def rank(model: str) -> tuple[int, int, str]:
-        family = kind(model)
-        within = 0
+    def rank(model: str) -> tuple[int, int, float, str]:
+        family, within, strength = kind(model), 0, 1.0
         if family == "set":
             within = int(model[2:])
         elif family == "supervised":
             within = SAW_LABELS.index(model)
         elif family in ("fusion", "random"):
-            within = list(VARIANTS).index(model)
-        return _FAMILIES.index(family), within, model
+            variant, strength = split_strength(model)
+            within = list(VARIANTS).index(variant)
+        return _FAMILIES.index(family), within, strength, model
 
     return sorted(set(models), key=rank)
 
@@ -138,20 +145,20 @@ def titled_grid(title: str, scores: Scores, cell: Callable[[str, str | None], st
     """One titled grid, in slices of columns that fit a terminal."""
     columns = scores.columns
     slices = [columns[at : at + COLUMNS] for at in range(0, len(columns), COLUMNS)]
-    lines = [title]
+    lines, name = [title], min(max([NAME, *map(_width, scores.models)]), LONGEST_NAME)
     for piece in slices:
-        most = min((WIDTH - NAME) // len(piece) - 2, 22)
+        most = min((WIDTH - name) // len(piece) - 2, 22)
         names = [MEAN if task is None else task for task in piece]
         widths = [max(12, min(_width(name), most)) for name in names]
         head = [_padded(name, width, right=True) for name, width in zip(names, widths, strict=True)]
-        lines.append("  ".join([_padded("model", NAME), *head]).rstrip())
+        lines.append("  ".join([_padded("model", name), *head]).rstrip())
         previous = ""
         for model in scores.models:
             if previous and kind(model) != previous:
                 lines.append("")
             previous = kind(model)
             values = [_padded(cell(model, task), width, right=True) for task, width in zip(piece, widths, strict=True)]
-            lines.append("  ".join([_padded(model, NAME), *values]).rstrip())
+            lines.append("  ".join([_padded(model, name), *values]).rstrip())
     return "\n".join(lines)
 
 

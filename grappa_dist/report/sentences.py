@@ -14,7 +14,7 @@ from grappa_dist.config import BACKBONE
 from grappa_dist.console import format_number, pluralize
 from grappa_dist.report.html import percent, points
 from grappa_dist.report.queries import ORACLE
-from grappa_dist.report.scores import AVERAGE, Scores, kind
+from grappa_dist.report.scores import AVERAGE, Scores, is_learned, kind
 
 Sentence = tuple[str, str]
 UNIFORM = 0.99  # normalised entropy above which a learned fusion is practically the average
@@ -97,7 +97,7 @@ def _against_oracle(scores: Scores) -> Sentence | None:
 def _against_average(scores: Scores) -> Sentence | None:
     """How the best learned fusion differs from the average, which learns nothing."""
     measured = [m for m in scores.models if math.isfinite(scores.value(m, None))]
-    fusions = [m for m in measured if kind(m) == "fusion" and m != AVERAGE]
+    fusions = [m for m in measured if is_learned(m)]
     if not fusions or AVERAGE not in measured:
         return None
     lead = max(fusions, key=lambda m: scores.value(m, None))

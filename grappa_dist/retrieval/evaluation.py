@@ -53,6 +53,7 @@ def evaluate(
     label_column: str | None = None,
     depths: Sequence[int] = DEPTHS,
     gallery_weights: str | None = None,
+    strength: float | None = None,
     settings: Iterable[str] = (),
     trust_modules: bool | None = None,
     device: str = "auto",
@@ -67,9 +68,8 @@ def evaluate(
             the side that `split_column` names: query, gallery or distractor. Else `queries` and `gallery`.
         distractors: images without labels, searched as well: never queries and never relevant.
         against: the model to compare with; "backbone": the model's own, if it has adaptors; None: nothing.
-        label_column, split_column: of a list, or the keys of the shards' JSON members.
-        depths: k of recall, precision and mAP at k.
-        gallery_weights: of a model of the variant `gallery`: the task whose weights are used for all tasks.
+        label_column, split_column: of a list, or the keys of the shards' JSON members; `depths`: k of figures at k.
+        gallery_weights, strength: of `model` alone: as `gallery`, for all tasks, and `strength` of `open_model`.
         settings, trust_modules, device: as of `open_model`; the settings are those of a backbone that is named.
 
     Raises:
@@ -77,8 +77,8 @@ def evaluate(
     """
     console, ks, given = Console(), _checked(depths), Given(*map(_places, (images, queries, gallery, distractors)))
     split = open_split(given, label_column=label_column, split_column=split_column, log=console.log)
-    how: dict[str, Any] = {"gallery": gallery_weights, "settings": settings, "trust_modules": trust_modules}
-    models = open_models(model, against, device, **how)
+    of_model: dict[str, Any] = {"gallery": gallery_weights, "strength": strength, "settings": settings}
+    models = open_models(model, against, device, trust_modules=trust_modules, **of_model)
     embedders = {name: Embedder(one, console, batch_size, decode_threads) for name, one in models.items()}
     return _Evaluation(split, embedders, ks).evaluated()
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,7 @@ def open_model(
     device: str = "auto",
     *,
     gallery: str | None = None,
+    strength: float | None = None,
     settings: Iterable[str] = (),
     trust_modules: bool | None = None,
 ) -> OpenModel:
@@ -90,6 +92,7 @@ def open_model(
             what `load_model` returns, or a `Backbone`, which are used where they are.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:<number>".
         gallery: of a model of the variant `gallery`: the task whose weights of the sets are used.
+        strength: of adaptation, in [0, 1], of a model in a folder; None: as exported.
         settings: `backbone.key=value`, as of a run, of a named backbone; of a model with its own, the precision alone.
         trust_modules: as for `load_model`; a module that is named here itself is imported.
 
@@ -98,23 +101,31 @@ def open_model(
             message says what would be right.
     """
     where = device_of(device)
+    _check_folder(given, strength)
     if is_backbone(given):
         return _bare(str(given), settings, where)
     precision = _precision_of(given, settings)
     if isinstance(given, nn.Module):
         return _in_memory(given)
-    text = str(given)
-    folder = Path(text).expanduser()
-    if not folder.is_dir():
-        raise ValueError(
-            f"{text}: is no folder; expected a run directory, an exported model's, timm:<model> or <module>:<function>"
-        )
-    spec = exported_spec(folder, gallery, trust_modules=trust_modules, precision=precision)
-    model = load_model(folder, trust_modules=trust_modules, precision=precision)
+    text, folder = str(given), Path(str(given)).expanduser()
+    how: dict[str, Any] = {"trust_modules": trust_modules, "precision": precision, "strength": strength}
+    spec, model = exported_spec(folder, gallery, **how), load_model(folder, **how)
     if gallery is not None:
         model.weigh(model.galleries[gallery])
     grappa, sets = model.grappa.to(where), tuple(model.sets)
     return OpenModel(text, spec.name, grappa, spec.weights_sha256, sets, model.galleries, gallery)
+
+
+def _check_folder(given: Named, strength: float | None) -> None:
+    """Raises ValueError for a name that is no folder and nothing else, or a strength for what is no folder."""
+    if is_backbone(given) or isinstance(given, nn.Module):
+        if strength is not None:
+            what = f"a {type(given).__name__} in memory" if isinstance(given, nn.Module) else f"the backbone {given}"
+            raise ValueError(f"strength={strength}: is of a model in a folder, which has adaptor sets; this is {what}")
+    elif not Path(given).expanduser().is_dir():
+        raise ValueError(
+            f"{given}: is no folder; expected a run directory, an exported model's, timm:<model> or <module>:<function>"
+        )
 
 
 def open_models(
@@ -123,6 +134,7 @@ def open_models(
     device: str = "auto",
     *,
     gallery: str | None = None,
+    strength: float | None = None,
     settings: Iterable[str] = (),
     trust_modules: bool | None = None,
 ) -> dict[str, OpenModel]:
@@ -130,13 +142,15 @@ def open_models(
 
     Args:
         against: as `model`; "backbone": the model's own, if it has adaptors; None: nothing.
-        gallery: of the model, as of `open_model`, as are the others; settings are those of each backbone that is named.
+        gallery, strength: of the model, as of `open_model`, as are the others; settings are those of each backbone that
+            is named.
 
     Raises:
         ValueError: as of `open_model`.
     """
     mine, theirs = _settings_of_each(tuple(settings), model, against)
-    opened = open_model(model, device, gallery=gallery, settings=mine, trust_modules=trust_modules)
+    first: dict[str, Any] = {"gallery": gallery, "strength": strength, "settings": mine}
+    opened = open_model(model, device, trust_modules=trust_modules, **first)
     own = isinstance(against, str) and against == OWN_BACKBONE
     if against is None or (own and not opened.has_adaptors):
         return {opened.variant: opened}
@@ -237,8 +251,10 @@ def _in_memory(model: nn.Module) -> OpenModel:
 
 
 def _sha256_of(model: nn.Module) -> str:
-    """A hash of the weights, and of what images become before the model sees them."""
+    """A hash of the weights, of a strength below 1, and of what images become before the model sees them."""
     digest = hashlib.sha256(repr(sorted(asdict(preprocess_of(model)).items())).encode())
+    if isinstance(model, Grappa) and model.strength != 1:
+        digest.update(f"strength {model.strength}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -99,7 +99,8 @@ def insight_of(
     excluded: Artifact | None = None,
 ) -> Artifact:
     inputs = {"truth": ground_truth, **numbered("shard", features), **excluding(excluded)}
-    figures = {**settings.model_dump(exclude={"export", "train_images"}), "seed": seed, "neighbours": NEIGHBOURS}
+    of_figures = settings.model_dump(exclude={"export", "train_images", "strengths"})
+    figures = {**of_figures, "seed": seed, "neighbours": NEIGHBOURS}
     if ground_truth.settings["labelled"]:
         figures["queries"] = SPREAD
     return store.artifact(f"insight/{model}", figures, inputs)

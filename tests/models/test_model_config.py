@@ -50,7 +50,11 @@ def changed(folder: Path, path: Path_, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (("format",), 7, "format 7, this version reads 1"),
+        (("format",), 7, "format 7, this version reads 1 and 2"),
+        (("strength",), 1.5, r"strength=1\.5: .*less than or equal to 1"),
+        (("strength",), -0.5, r"strength=-0\.5: .*greater than or equal to 0"),
+        (("strength",), float("nan"), "strength=nan: .*finite number"),
+        (("strength",), "0.5", r"strength='0\.5': .*number"),
         (("sets",), ["k=1"] * 5000, "sets=.* at most 4096"),
         (("sets",), "k=1", "sets='k=1': .*list"),
         (("bottleneck",), 10**9, "bottleneck=1000000000: .*less than or equal to 65536"),

@@ -120,6 +120,38 @@ def test_a_worker_keeps_the_models_of_the_last_backbone_which_hold_its_weights_a
     assert cached_model(spec, CPU) is not first
 
 
+def test_models_that_differ_in_strength_alone_hold_sets_and_fusion_once_and_are_those_built_alone(
+    tmp_path: Path,
+) -> None:
+    sets, fusion = saved_sets(Store(tmp_path), 2)
+    whole = {"average": ModelSpec("average", OWN, 3, sets), "neighbours": ModelSpec("neighbours", OWN, 3, sets, fusion)}
+    specs = [ModelSpec("backbone", OWN), *whole.values()]
+    specs += [replace(spec, name=f"{name}@{s}", strength=s) for name, spec in whole.items() for s in (0.0, 0.25, 0.5)]
+    models, side_by_side = cached_side_by_side(specs, CPU)
+    images = torch.rand(2, 3, 16, 16)
+    found = dict(zip(models, side_by_side([*models.values()], images), strict=True))
+    for spec in specs:
+        assert torch.equal(found[spec.name], build(spec, CPU)(images)), spec.name
+        assert torch.equal(cached_model(spec, CPU)(images), found[spec.name]), spec.name
+    assert torch.equal(found["average@0.0"], found["backbone"])
+    assert torch.equal(found["neighbours@0.0"], found["backbone"])
+    assert len({tuple(z.flatten().tolist()) for z in found.values()}) == len(specs) - 2
+    adapted = {name: model for name, model in models.items() if isinstance(model, Grappa) and name != "backbone"}
+    for place in range(2):
+        layers = {name: model.layers[place] for name, model in adapted.items()}
+        assert len({id(layer.adaptors) for layer in layers.values()}) == 1
+        assert len({id(layer.attention) for name, layer in layers.items() if name.startswith("neighbours")}) == 1
+        assert {layer.attention for name, layer in layers.items() if name.startswith("average")} == {None}
+
+
+def test_a_strength_is_an_input_of_a_description_unless_it_is_full(tmp_path: Path) -> None:
+    sets, _ = saved_sets(Store(tmp_path), 2)
+    spec = ModelSpec("average", OWN, 3, sets)
+    assert replace(spec, strength=1.0).inputs == spec.inputs
+    assert replace(spec, strength=0.5).inputs == {**spec.inputs, "strength": "0.5"}
+    assert replace(spec, strength=0.0).inputs == {**spec.inputs, "strength": "0.0"}
+
+
 def test_inputs_of_a_description_are_all_its_artifacts(tmp_path: Path) -> None:
     sets, fusion = saved_sets(Store(tmp_path), 2)
     assert ModelSpec("backbone", OWN).inputs == {}

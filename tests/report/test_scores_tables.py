@@ -46,6 +46,16 @@ def test_models_go_from_the_backbone_over_sets_by_size_to_fusions() -> None:
     assert names == ["backbone", "k=64", "k=1024", "oracle", "average", "neighbours-adam"]
 
 
+def test_a_fusion_goes_from_weak_to_full_strength_and_its_names_are_not_cut() -> None:
+    names = ["neighbours-adam@0.25", "neighbours-adam", "average", "average@0.5", "neighbours-adam@0.125", "average@0"]
+    tasks = [f"a_task_with_quite_a_long_name_{i}" for i in range(6)]
+    text = console_table([row(model, task, 0.4) for model in names for task in tasks])
+    assert max(map(len, text.splitlines())) <= 120
+    shown = [line.split()[0] for line in text.split("\n\n")[0].splitlines()[2:]]
+    fusions = ["average@0", "average@0.5", "average", *names[4:5], *names[:2]]
+    assert shown == fusions
+
+
 def test_gains_over_the_backbone_are_signed_points() -> None:
     gains = table(["cars"]).split("\n\nR-Precision above")[1]
     assert "+12.0" in gains
