@@ -208,19 +208,31 @@ def _shards(settings: GainSettings, folder: Path, rows: Mapping[str, Sequence[Ro
     return folder
 
 
-def as_text(header: Mapping[str, str], cells: Sequence[Mapping[str, Any]]) -> str:
-    """Gain of the average over the backbone in points, by task and in the mean; over seeds the mean, least and most."""
+def as_text(header: Mapping[str, str], cells: Sequence[Mapping[str, Any]], models: Sequence[str] = (AVERAGE,)) -> str:
+    """Gain of models over the backbone in points, by task and in the mean; over seeds the mean, least and most."""
     groups = defaultdict[tuple[Any, ...], list[dict[str, float]]](list)
-    for cell in cells:
-        key = (cell["task"] or "all", cell["images"], cell["epochs"], cell["bottleneck"])
-        groups[key].append(gains(cell["scores"], AVERAGE))
+    for cell, model in itertools.product(cells, models):
+        if model in cell["scores"]:
+            key = (cell["task"] or "all", cell["images"], cell["epochs"], cell["bottleneck"], model)
+            groups[key].append(gains(cell["scores"], model))
     tasks = sorted({task for of_cells in groups.values() for found in of_cells for task in found})
-    lines = [["images of", "images", "epochs", "bottleneck", "seeds", *tasks, "mean"]]
+    lines = [["images of", "images", "epochs", "bottleneck", "model", "seeds", *tasks, "mean"]]
     for key, found in sorted(groups.items()):
         columns = [_spread([of_cell[task] for of_cell in found]) for task in tasks]
         mean = _spread([statistics.fmean(of_cell.values()) for of_cell in found])
         lines.append([*map(str, key), str(len(found)), *columns, mean])
-    return "\n\n".join([aligned_header(dict(header)), aligned(lines)])
+    return "\n\n".join([aligned_header(dict(header)), aligned(lines), *_summary(cells, models)])
+
+
+def _summary(cells: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:
+    """What a model gains in the mean over all cells, and the most that it loses on a task of any."""
+    lines = [["model", "cells", "mean gain", "least on a task"]]
+    for model in models:
+        if found := [gains(cell["scores"], model) for cell in cells if model in cell["scores"]]:
+            mean = statistics.fmean(statistics.fmean(of_cell.values()) for of_cell in found)
+            least = min(min(of_cell.values()) for of_cell in found)
+            lines.append([model, str(len(found)), f"{mean:+.2f}", f"{least:+.2f}"])
+    return [aligned(lines)] if len(lines) > 1 else []
 
 
 def gains(scores: Mapping[str, Mapping[str, float]], model: str) -> dict[str, float]:
@@ -255,12 +267,14 @@ def arguments(add: Callable[..., Any]) -> None:
     add("--seeds", type=int, nargs="*", default=[0], metavar="S", help="default: 0")
     add("--only", nargs="*", default=[], metavar="TASK", help="collections of one task each; default: of all together")
     add("--test-images", type=int, default=600, metavar="N", help="about so many of each task; default: %(default)s")
+    add("--models", nargs="*", default=[AVERAGE], metavar="NAME", help="that are shown; default: %(default)s")
     add("overrides", nargs="*", metavar="key=value", help="of all runs")
 
 
 def run(options: dict[str, Any], log: Log) -> tuple[str, dict[str, Any]]:
     lists = ("images", "epochs", "bottlenecks", "seeds", "only", "overrides")
+    models = options.pop("models")
     settings = GainSettings(**{**options, **{name: tuple(options[name]) for name in lists}})
     cells = measure_gain(settings, log)
     header = machine(1, "timm")
-    return as_text(header, cells), {"machine": header, "cells": cells}
+    return as_text(header, cells, models), {"machine": header, "cells": cells}

@@ -57,10 +57,12 @@ def test_the_table_has_the_mean_and_the_spread_over_seeds() -> None:
         scores = {"backbone": {"birds": 0.5, "food": 0.3}, "average": {"birds": value, "food": 0.29}}
         cells.append({"task": None, "images": 250, "epochs": 3, "bottleneck": 64, "seed": seed, "scores": scores})
     assert gains(cells[0]["scores"], "average") == pytest.approx({"birds": 2, "food": -1})  # type: ignore[arg-type]
-    line = as_text({"command": "bench.py gain"}, cells).splitlines()[-1]
+    table, summary = as_text({"command": "bench.py gain"}, cells).split("\n\n")[1:]
+    line = table.splitlines()[-1]
     assert "+3.0 (+2.0 to +4.0)" in line
     assert "-1.0 (-1.0 to -1.0)" in line
     assert "+1.0 (+0.5 to +1.5)" in line
+    assert summary.splitlines()[-1].split() == ["average", "2", "+1.00", "-1.00"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,15 @@ def test_a_cell_is_a_run_which_a_second_call_does_not_repeat(tmp_path: Path) -> 
             tar.addfile(member, io.BytesIO(image))
             writer.writerow([member.name, f"c{label}", "photos"])
     options = {"tasks": tasks, "out": tmp_path / "out", "backbone": "grappa_dist.demo.backbone:create"}
-    options |= {"images": [12], "epochs": [1], "bottlenecks": [4], "seeds": [0], "only": [], "test_images": 12}
+    options |= {
+        "images": [12],
+        "epochs": [1],
+        "bottlenecks": [4],
+        "seeds": [0],
+        "only": [],
+        "test_images": 12,
+        "models": ["average"],
+    }
     text, numbers = gain.run(
         {**options, "overrides": ["resources.workers=1", "resources.adapt_ranks=1"]}, lambda line: None
     )
