@@ -214,6 +214,7 @@ class AdaptConfig(Section):
 
 
 AUTO, BACKBONE = "auto", "backbone"  # of evaluate.export
+MOST_STRENGTH = 4.0  # of adaptation: further out features only get worse
 SUPERVISED = "supervised"  # attention over the sets, trained with the labels of the training images
 SUPERVISED_SET = "supervised-set"  # an adaptor set trained with them: adapt.supervised, not a variant of the fusion
 VariantName = Literal[
@@ -253,7 +254,7 @@ class Variant:
         return VARIANTS[name]
 
     @property
-    def is_weakened(self) -> bool:
+    def has_strengths(self) -> bool:
         """Whether `evaluate.strengths` is about it."""
         return not self.is_baseline and not self.per_gallery
 
@@ -284,7 +285,7 @@ VARIANTS: Mapping[str, Variant] = {  # in the order of the report
 
 
 def at_strength(model: str, strength: float) -> str:
-    """The name of a model at a strength of adaptation, `average@0.5`; at full strength that of the model."""
+    """The name of a model at a strength of adaptation, `average@0.5`; as trained that of the model."""
     return model if strength == 1 else f"{model}@{str(float(abs(strength))).removesuffix('.0')}"
 
 
@@ -346,12 +347,18 @@ class EvaluateConfig(Section):
     # The exported model: auto, backbone, `k=<K>` or a variant. auto: the best on half of the labelled test queries, and
     # without labels the last of fuse.variants that is no baseline
     export: Annotated[str, BeforeValidator(lambda value: AUTO if value is None else value)] = AUTO
-    strengths: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()  # of adaptation: adds the rows `average@0.5`, ...
+    strengths: tuple[
+        Annotated[float, Field(ge=0, le=MOST_STRENGTH)], ...
+    ] = ()  # of adaptation: rows `average@0.5`, ...
 
     @model_validator(mode="after")
     def _distinct(self) -> EvaluateConfig:
         if len(set(self.strengths)) < len(self.strengths):
             raise ValueError(f"evaluate.strengths must be distinct, got {list(self.strengths)}")
+        if 1 in self.strengths:
+            raise ValueError(
+                "evaluate.strengths has 1, the model as trained, which has a row in any case: leave it out"
+            )
         return self
 
 
@@ -422,9 +429,9 @@ class Config(Section):
 
     @property
     def fused(self) -> list[str]:
-        """The rows of `fuse.variants`, each after those of the same at the strengths that are evaluated, if any."""
-        strengths = sorted(self.evaluate.strengths)
-        rows = {name: (*strengths, 1.0) if VARIANTS[name].is_weakened else (1.0,) for name in self.fuse.variants}
+        """The rows of `fuse.variants`, each among those of the same at the strengths that are evaluated, if any."""
+        strengths = sorted([*self.evaluate.strengths, 1.0])
+        rows = {name: strengths if VARIANTS[name].has_strengths else [1.0] for name in self.fuse.variants}
         return [at_strength(name, strength) for name, of_name in rows.items() for strength in of_name]
 
     @property

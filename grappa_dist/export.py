@@ -70,7 +70,7 @@ def load_model(
         trust_modules: whether the module of a backbone called `module:function` may be imported, which runs it; it must
             be importable. None: only in a run directory where a run of the same user imported it.
         precision: "fp32" or "bf16", in which it computes; None: as its run did, on any device.
-        strength: of adaptation, from 0, the backbone, to 1, as trained; None: as exported.
+        strength: of adaptation, where 0 is the backbone and 1 as trained, 4 at most; None: as exported.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, or one that names a module which is not

@@ -59,7 +59,7 @@ def export_from_run(
         out: the folder; it must not exist, or be empty.
         trust_modules: whether the module of a backbone `module:function` may be imported; None: only where a run of the
             same user imported it.
-        strength: of adaptation, in [0, 1], whether the run has scored it or not; None: that of the name.
+        strength: of adaptation, in [0, 4], whether the run has scored it or not; None: that of the name.
 
     Raises:
         ValueError: there is no such run or model, its module is not trusted, or the folder holds something; or the

@@ -100,7 +100,7 @@ def candidates(models: Iterable[str]) -> list[str]:
     """
     at = {m: split_strength(m) for m in models}
     sets = sorted((m for m in at if m.startswith("k=")), key=lambda m: int(m[2:]))
-    variants = [v.name for v in VARIANTS.values() if v.is_weakened]
+    variants = [v.name for v in VARIANTS.values() if v.has_strengths]
     fusions = sorted((m for m in at if at[m][0] in variants), key=lambda m: (variants.index(at[m][0]), at[m][1]))  # type: ignore[arg-type]
     averages = [m for m in fusions if at[m][0] == variants[0]]
     return [*([BACKBONE] if BACKBONE in at else []), *averages, *sets, *fusions[len(averages) :]]

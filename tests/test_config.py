@@ -122,11 +122,11 @@ WRONG = [
     ("resources.cache_bytes=-1", "resources.cache_bytes=-1: Input should be greater than or equal to 0"),
     ("resources.copies_bytes=-1", "resources.copies_bytes=-1: Input should be greater than or equal to 0"),
     ("resources.requests_in_flight=0", "resources.requests_in_flight=0: Input should be greater than or equal to 1"),
-    ("evaluate.strengths=[1.5]", "evaluate.strengths.0=1.5: Input should be less than 1"),
-    ("evaluate.strengths=[1]", "evaluate.strengths.0=1: Input should be less than 1"),
+    ("evaluate.strengths=[4.5]", "evaluate.strengths.0=4.5: Input should be less than or equal to 4"),
     ("evaluate.strengths=[0.5, -0.1]", "evaluate.strengths.1=-0.1: Input should be greater than or equal to 0"),
     ("evaluate.strengths=[.nan]", "evaluate.strengths.0=nan: Input should be"),
     ("evaluate.strengths=0.5", "evaluate.strengths=0.5: Input should be a valid list"),
+    ("evaluate.strengths=[0.5, 1]", "evaluate.strengths has 1, the model as trained, which has a row in any case"),
     ("evaluate.strengths=[0.5, 0.50]", "evaluate.strengths must be distinct, got [0.5, 0.5]"),
     ("evaluate.export=average@0.5", "evaluate.export='average@0.5': expected one of auto, backbone, average, transf"),
     ("seed=-1", "seed=-1: Input should be greater than or equal to 0"),
@@ -165,11 +165,11 @@ def test_a_row_to_compare_with_becomes_the_model_only_where_it_is_asked_for_or_a
 
 def test_fusions_that_are_no_baseline_and_need_no_gallery_have_a_row_for_each_strength(tmp_path: Path) -> None:
     variants = "fuse.variants=[neighbours, average, gallery, random-all, supervised]"
-    found = config(tmp_path, SMALL, (variants, "evaluate.strengths=[0.5, 0.25, 0]", "evaluate.export=average@0.25"))
-    weaker = [f"{name}@{s}" for name in ("neighbours", "average") for s in ("0", "0.25", "0.5")]
+    found = config(tmp_path, SMALL, (variants, "evaluate.strengths=[0.5, 2, 0]", "evaluate.export=average@2"))
+    rows = [f"{name}{at}" for name in ("neighbours", "average") for at in ("@0", "@0.5", "", "@2")]
     rest = ["gallery", "random-all", "supervised"]
-    assert found.fused == [*weaker[:3], "neighbours", *weaker[3:], "average", *rest]
-    assert found.exported == "average@0.25"
+    assert found.fused == [*rows, *rest]
+    assert found.exported == "average@2"
     assert config(tmp_path, SMALL, (variants,)).fused == ["neighbours", "average", *rest]
     assert config(tmp_path, SMALL, (variants, "evaluate.strengths=[0.5]")).exported == "gallery"  # as without them
 

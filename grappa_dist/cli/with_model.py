@@ -56,7 +56,7 @@ strength_option = click.option(
     "--strength",
     type=float,
     metavar="S",
-    help="Of adaptation: from 0, the backbone, to 1, as trained (default: as exported).",
+    help="Of adaptation: 0 is the backbone, 1 as trained, 4 the most (default: as exported).",
 )
 
 trust_modules = click.option(

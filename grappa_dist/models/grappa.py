@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grappa_dist.config import MOST_STRENGTH
 from grappa_dist.models.backbone import Backbone
 from grappa_dist.models.fused_adaptors import AttentionParameters, Weights, fused_adaptors
 
@@ -142,7 +143,7 @@ class GrappaLayer(nn.Module):
         self.register_buffer("product", None, persistent=False)
         self.register_module("wide", None)
         self._single = False  # whether all sets but one have weight zero
-        self.strength = 1.0  # of adaptation, in [0, 1]
+        self.strength = 1.0  # of adaptation
         self.alpha: Tensor | None = None  # (B, N) of the last forward, detached
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -245,17 +246,18 @@ class Grappa(nn.Module):
 
     @property
     def strength(self) -> float:
-        """Of adaptation, in [0, 1]; 1 is the model as trained."""
+        """Of adaptation; 1 is the model as trained."""
         return self.layers[0].strength if self.num_sets else 1.0
 
     def set_strength(self, strength: float) -> None:
-        """How far every layer goes from its block's output, 0: the backbone bit for bit, to its own, 1: as trained.
+        """How far every layer goes from its block's output, 0: the backbone bit for bit, to its own, 1: as trained, or
+        beyond.
 
         The attention of a layer is computed as without it; of later layers it changes with their input. It stays until
         it is set again, whatever is weighed and folded.
 
         Raises:
-            ValueError: it is not in [0, 1], or there are no adaptor sets.
+            ValueError: it is not in [0, MOST_STRENGTH], or there are no adaptor sets.
         """
         check_strength(strength, self.num_sets)
         for layer in self.layers:
@@ -327,9 +329,11 @@ class Grappa(nn.Module):
 def check_strength(strength: float, num_sets: int) -> None:
     """Raises ValueError for what is no strength of adaptation of a model of so many adaptor sets."""
     if not num_sets:
-        raise ValueError(f"strength={strength}: the model is the backbone alone and has no adaptor sets to weaken")
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength={strength}: expected a number from 0, the backbone, to 1, the model as trained")
+        raise ValueError(f"strength={strength}: the model is the backbone alone and has no adaptor sets")
+    if not 0 <= strength <= MOST_STRENGTH:
+        raise ValueError(
+            f"strength={strength}: expected a number from 0, the backbone, to {MOST_STRENGTH:g}; 1 is as trained"
+        )
 
 
 def _check_fit(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from grappa_dist.config import at_strength, split_strength
+from grappa_dist.config import MOST_STRENGTH, at_strength, split_strength
 from grappa_dist.models.backbone import create_backbone
 from grappa_dist.models.grappa import Grappa
 from grappa_dist.storage import open_to_read
 
 FORMAT = 1  # of an exported model
-WEAKENED_FORMAT = 2  # of one with a strength of adaptation: earlier versions, which would not heed it, refuse it
+STRENGTH_FORMAT = 2  # of one with a strength of adaptation: earlier versions, which would not heed it, refuse it
 CONFIG_FILE = "config.json"
 DEMO_BACKBONE = "grappa_dist.demo.backbone:create"
 _MOST_SETS, _WIDEST, _LARGEST_IMAGE = 4096, 2**16, 2**13
@@ -60,7 +60,7 @@ class _Config(_Strict):
     pixels: _Pixels
     bottleneck: int = Field(ge=0, le=_WIDEST)
     attention: bool
-    strength: FiniteFloat = Field(1.0, ge=0, le=1)  # of adaptation, where it is not 1
+    strength: FiniteFloat = Field(1.0, ge=0, le=MOST_STRENGTH)  # of adaptation, where it is not 1
     precision: Literal["fp32", "bf16"] = "fp32"  # in which its run computed; not in models of earlier versions
     galleries: dict[str, list[Annotated[FiniteFloat, Field(ge=0)]]] = Field(default_factory=dict)
     files: dict[str, _Sum] = Field(default_factory=dict)
@@ -74,8 +74,8 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
     """
     if not isinstance(config, dict):
         raise ValueError(f"{path}: is a {type(config).__name__}, expected an object")
-    if config.get("format") not in (FORMAT, WEAKENED_FORMAT):
-        known = f"{FORMAT} and {WEAKENED_FORMAT}"
+    if config.get("format") not in (FORMAT, STRENGTH_FORMAT):
+        known = f"{FORMAT} and {STRENGTH_FORMAT}"
         raise ValueError(f"{path}: format {config.get('format')!r}, this version reads {known}")
     try:
         found = _Config.model_validate(config)
@@ -97,11 +97,11 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
 
 
 def with_strength(config: Mapping[str, Any], strength: float) -> dict[str, Any]:
-    """The content of config.json of the same model at a strength of adaptation, in [0, 1]."""
+    """The content of config.json of the same model at a strength of adaptation."""
     variant = at_strength(split_strength(config["variant"])[0], strength)
     found = {**config, "format": FORMAT, "variant": variant}
     found.pop("strength", None)
-    return found if strength == 1 else {**found, "format": WEAKENED_FORMAT, "strength": float(strength)}
+    return found if strength == 1 else {**found, "format": STRENGTH_FORMAT, "strength": float(strength)}
 
 
 def is_own_backbone(name: str, kwargs: Mapping[str, Any]) -> bool:

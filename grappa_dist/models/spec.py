@@ -402,7 +402,7 @@ def load_grappa(
         trust_modules: whether the module of a backbone `module:function` may be imported; None: only in a run directory
             where a run of the same user imported it.
         precision: in which it computes; None: as in its run, on any device.
-        strength: of adaptation, in [0, 1]; None: as exported.
+        strength: of adaptation, in [0, 4]; None: as exported.
 
     Raises:
         ValueError: the directory holds no model, one of an unknown format, one that names a module which is not

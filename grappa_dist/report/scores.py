@@ -38,7 +38,7 @@ def kind(model: str) -> str:
     if model in SAW_LABELS:
         return "supervised"
     variant, strength = split_strength(model)
-    if variant not in VARIANTS or not (strength == 1 or VARIANTS[variant].is_weakened):
+    if variant not in VARIANTS or not (strength == 1 or VARIANTS[variant].has_strengths):
         return "other"
     return "fusion" if Variant.parse(variant).start == "adapted" else "random"
 
@@ -50,7 +50,7 @@ def is_learned(model: str) -> bool:
 
 def ordered(models: Iterable[str]) -> list[str]:
     """Models as a table lists them: backbone, sets from coarse to fine, oracle, fusions, rows to compare with; each
-    fusion from weak to full strength of adaptation."""
+    fusion from the least strength of adaptation to the greatest."""
 
     def rank(model: str) -> tuple[int, int, float, str]:
         family, within, strength = kind(model), 0, 1.0

@@ -92,7 +92,7 @@ def open_model(
             what `load_model` returns, or a `Backbone`, which are used where they are.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:<number>".
         gallery: of a model of the variant `gallery`: the task whose weights of the sets are used.
-        strength: of adaptation, in [0, 1], of a model in a folder; None: as exported.
+        strength: of adaptation, in [0, 4], of a model in a folder; None: as exported.
         settings: `backbone.key=value`, as of a run, of a named backbone; of a model with its own, the precision alone.
         trust_modules: as for `load_model`; a module that is named here itself is imported.
 

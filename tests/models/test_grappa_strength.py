@@ -81,7 +81,7 @@ def test_at_0_a_model_of_any_family_and_pooling_is_its_backbone_bit_for_bit(name
     assert torch.equal(model(images), backbone(name)(images))
 
 
-@pytest.mark.parametrize("strength", [0.001, 0.3, 0.5, 0.75, 0.999])
+@pytest.mark.parametrize("strength", [0.001, 0.3, 0.5, 0.75, 0.999, 1.5, 4.0])
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize(("sets", "attention"), KINDS)
 @torch.inference_mode()
@@ -134,11 +134,13 @@ def test_layers_of_half_precision_keep_their_type_and_are_the_block_at_0(kind: t
     assert layer(tokens).dtype == kind
 
 
-@pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("strength", [-0.1, 4.5, float("nan"), float("inf")])
 def test_what_is_no_strength_is_refused_and_changes_nothing(strength: float) -> None:
     model = grappa(tiny.TIMM, 2, False)
     model.set_strength(0.5)
-    with pytest.raises(ValueError, match=r"^strength=\S+: expected a number from 0, the backbone, to 1, the model as"):
+    with pytest.raises(
+        ValueError, match=r"^strength=\S+: expected a number from 0, the backbone, to 4; 1 is as trained"
+    ):
         model.set_strength(strength)
     assert model.strength == 0.5
 

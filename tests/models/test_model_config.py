@@ -51,7 +51,7 @@ def changed(folder: Path, path: Path_, value: Any) -> None:
     ("path", "value", "words"),
     [
         (("format",), 7, "format 7, this version reads 1 and 2"),
-        (("strength",), 1.5, r"strength=1\.5: .*less than or equal to 1"),
+        (("strength",), 4.5, r"strength=4\.5: .*less than or equal to 4"),
         (("strength",), -0.5, r"strength=-0\.5: .*greater than or equal to 0"),
         (("strength",), float("nan"), "strength=nan: .*finite number"),
         (("strength",), "0.5", r"strength='0\.5': .*number"),
