@@ -18,9 +18,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from grappa_dist.data.epoch_order import EpochOrder
 from grappa_dist.data.index import COMMITTED, INDEX_VERSION, ROW
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.ray_cluster import Cluster
-from grappa_dist.distributed.runner import Job, Runner
+from grappa_dist.distributed.runner import EndedCalls, Job, Runner
 from grappa_dist.plan import plan
 
 LISTING, PLACEMENT = "listing", "placement"
@@ -124,11 +124,14 @@ class _RayError(Exception):
     """A call failed; none does here."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Ref:
     worker: StandIn
     method: str
-    number: int
+    ended: Future[None] = field(default_factory=Future)
+
+    def future(self) -> Future[None]:
+        return self.ended
 
 
 @dataclass(eq=False)
@@ -141,7 +144,7 @@ class StandIn:
     def __getattr__(self, method: str) -> Any:
         def remote(*_: Any) -> _Ref:
             self.ray.counts[method] += 1
-            return self.ray.called(_Ref(self, method, next(self.ray.numbers)))
+            return self.ray.called(_Ref(self, method))
 
         call = SimpleNamespace(remote=remote)
         call.options = lambda **_: call
@@ -150,18 +153,26 @@ class StandIn:
 
 @dataclass
 class CountingRay:
-    """What the runner asks of Ray, counted. Each wait that may take time lets one call of work end."""
+    """What the runner asks of Ray, counted. Each wait for an end that was not told lets one call of work end."""
 
     nodes_up: Sequence[str]
     counts: Counter[str] = field(default_factory=Counter)  # calls of workers' methods, and of Ray itself
-    numbers: Iterator[int] = field(default_factory=count)
     under_way: dict[_Ref, None] = field(default_factory=dict)  # work, the oldest first
     exceptions: ClassVar[Any] = SimpleNamespace(RayError=_RayError, GetTimeoutError=_RayError)
 
     def called(self, ref: _Ref) -> _Ref:
         if ref.method in ("run", "run_rank"):
             self.under_way[ref] = None
+        else:
+            ref.ended.set_result(None)
         return ref
+
+    def end_one(self) -> None:
+        """Ends the oldest call of work under way."""
+        if self.under_way:
+            ref = next(iter(self.under_way))
+            del self.under_way[ref]
+            ref.ended.set_result(None)
 
     def nodes(self) -> list[dict[str, Any]]:
         self.counts["nodes"] += 1
@@ -171,8 +182,6 @@ class CountingRay:
     def wait(self, refs: list[_Ref], num_returns: int = 1, timeout: float = 0.0) -> tuple[list[_Ref], list[_Ref]]:
         self.counts["wait"] += 1
         self.counts["references waited for"] += len(refs)
-        if timeout and self.under_way and all(ref in self.under_way for ref in refs):
-            del self.under_way[next(iter(self.under_way))]
         ended = [ref for ref in refs if ref not in self.under_way][:num_returns]
         taken = set(ended)
         return ended, [ref for ref in refs if ref not in taken]
@@ -188,6 +197,19 @@ class CountingRay:
 
     def kill(self, worker: StandIn) -> None:
         self.counts["kill"] += 1
+
+
+@dataclass
+class _Told(EndedCalls):
+    """What has ended; a call of work ends when nothing else has."""
+
+    ray: CountingRay = field(kw_only=True)
+
+    def next(self, timeout_s: float) -> tuple[Any, Any, bool]:
+        self.ray.counts["waits"] += timeout_s > 0
+        if timeout_s and self.queue.empty():
+            self.ray.end_one()
+        return super().next(timeout_s)
 
 
 @dataclass
@@ -231,7 +253,7 @@ def place(workers: int, nodes: int, jobs: tuple[int, int], tasks: int) -> Placin
     """The driver's part of starting workers and running jobs (their number and ranks), then tasks, on stand-ins."""
     ray = CountingRay([f"node {n}" for n in range(nodes)])
     where = Resources(workers=workers, cpus_per_worker=1, gpus_per_worker=0)
-    runner = Runner(_StandInCluster(where), where)
+    runner = Runner(_StandInCluster(where), where, ended=_Told(ray=ray))
     parts: list[tuple[float, Counter[str]]] = []
 
     def measure(work: Callable[[], Any]) -> None:

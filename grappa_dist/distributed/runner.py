@@ -10,9 +10,11 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from grappa_dist.config import Resources
@@ -23,6 +25,7 @@ from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.storage import WITHOUT_SPACE
 
 POLL_S = 0.5
+LOOK_S = 2.0  # between two looks at all calls, for one whose end Ray has not told
 STATUS_S, ASKED_AT_ONCE = 1.0, 50  # seconds between two looks at what so many running jobs report; more have longer
 STOP_GRACE_S = 60.0  # for running jobs to save their state
 RAY_DEATH_S = 1.0  # after an error, for a death of Ray that may have caused it
@@ -97,13 +100,58 @@ class Signals:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that is not Python's
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     job: Job
     workers: list[Any]
     refs: list[Any]  # one call of each worker: at first whether it answers, then the work
-    pending: list[Any]  # those of them that had not ended at the last look
+    pending: set[Any]  # those of them that are not known to have ended
     begun: bool = False  # whether all workers have answered and have been given the work
+
+
+@dataclass
+class EndedCalls:
+    """Calls of workers that have ended, as Ray tells of each; the cost of one does not depend on the number of others.
+
+    Ray calls back in a thread of its own, which must not wait for Ray: it puts what has ended into a queue. It does so
+    for dead workers and for results that cannot be read here as well. As that is not promised, a look at all calls,
+    every LOOK_S, finds what was not told.
+    """
+
+    queue: SimpleQueue[tuple[_Running, Any, bool]] = field(default_factory=SimpleQueue)  # job, call, whether it failed
+    _looked: float = field(default_factory=time.monotonic)
+
+    def watch(self, running: _Running) -> None:
+        """From now on tells of the calls that are under way."""
+        running.pending = set(running.refs)
+        for ref in running.refs:
+            ref.future().add_done_callback(partial(self._put, running, ref))
+
+    def _put(self, running: _Running, ref: Any, future: Any) -> None:
+        self.queue.put((running, ref, future.exception() is not None))
+
+    def next(self, timeout_s: float) -> tuple[_Running, Any, bool]:
+        """The job, the call that has ended, and whether it failed; raises Empty where none ends in time."""
+        return self.queue.get(timeout_s > 0, timeout_s)
+
+    def wait(self, running: Mapping[str, _Running]) -> list[_Running]:
+        """Those of which all calls have ended, or one has failed; waits for a call to end, at most POLL_S."""
+        found: dict[_Running, None] = {}
+        try:
+            timeout_s = POLL_S
+            while True:
+                r, ref, failed = self.next(timeout_s)
+                timeout_s = 0.0
+                if running.get(r.job.name) is r and ref in r.pending:  # else of an attempt that is over
+                    r.pending.remove(ref)
+                    if failed or not r.pending:
+                        found[r] = None
+        except Empty:
+            pass
+        if time.monotonic() - self._looked > LOOK_S:
+            found |= dict.fromkeys(_with_ended_calls(running.values()))
+            self._looked = time.monotonic()
+        return list(found)
 
 
 @dataclass
@@ -122,6 +170,7 @@ class Runner:
     resources: Resources
     on_status: Callable[[Mapping[str, Mapping[str, Any]]], None] = lambda status: None  # rank 0's status of each job
     on_event: Callable[..., None] = lambda name, **figures: None
+    ended: EndedCalls = field(default_factory=EndedCalls)
     _signals: Signals = field(default_factory=Signals)
     _nodes: list[dict[str, Any]] = field(default_factory=list)  # of the last event about workers
 
@@ -244,24 +293,25 @@ class Runner:
 
     def _finished(self, jobs: Sequence[Job], on_tasks: OnTasks) -> Iterator[tuple[str, Any]]:
         waiting, tries = deque(jobs), {job.name: _Tries() for job in jobs}
-        free, running = FreeWorkers(self.cluster.node_of, self.cluster.workers()), list[_Running]()
+        free, running = FreeWorkers(self.cluster.node_of, self.cluster.workers()), dict[str, _Running]()
         if not self.resources.elastic:
             check_capacity(len(free), max((job.ranks for job in jobs), default=0))
         shown = time.monotonic()
         while waiting or running:
             if self._signals.stop_requested():
-                self._stop(running)
+                self._stop(list(running.values()))
             self.cluster.check_ray()
             free.add(self.cluster.arrived(timeout_s=0 if running else POLL_S))
             while waiting and len(free) >= self._ranks(waiting[0]):
-                running.append(self._start(waiting.popleft(), free))
-            for r in _with_news(running):
+                started = self._start(waiting.popleft(), free)
+                running[started.job.name] = started
+            for r in self.ended.wait(running) if running else ():
                 outcome = self._outcome(r)
                 if outcome is None:
                     continue
-                running.remove(r)
+                del running[r.job.name]
                 if isinstance(outcome, BaseException):
-                    self._handle_failure(r, outcome, tries[r.job.name], running)
+                    self._handle_failure(r, outcome, tries[r.job.name], list(running.values()))
                     free = self._replace(r.workers, free)  # all of them: survivors may be blocked in a collective
                     waiting.appendleft(r.job)
                 else:
@@ -270,7 +320,7 @@ class Runner:
                     free.add(r.workers)
                     yield r.job.name, outcome if r.job.ranks else outcome[0]
             if running and time.monotonic() - shown > STATUS_S * max(1, len(running) / ASKED_AT_ONCE):
-                self._show(running, waiting, on_tasks)
+                self._show(list(running.values()), waiting, on_tasks)
                 shown = time.monotonic()
 
     def _ranks(self, job: Job) -> int:
@@ -284,8 +334,9 @@ class Runner:
         """
         workers = free.take(self._ranks(job))
         assert workers is not None, "a job starts when enough workers are free"
-        calls = [worker.free_address.remote() for worker in workers]
-        return _Running(job, workers, calls, calls)
+        running = _Running(job, workers, [worker.free_address.remote() for worker in workers], set())
+        self.ended.watch(running)
+        return running
 
     def _give(self, running: _Running, address: str) -> None:
         """Gives a job to workers that have answered; what it is about is sent once, whatever the number of ranks."""
@@ -302,7 +353,8 @@ class Runner:
             ]
         else:
             running.refs = [workers[0].run.remote(job.function, job.spec)]
-        running.begun, running.pending = True, running.refs
+        running.begun = True
+        self.ended.watch(running)
 
     def _replace(self, workers: list[Any], free: FreeWorkers[Any]) -> FreeWorkers[Any]:
         """Replaces the workers of a failed job and the idle ones of lost nodes; returns those that are still free."""
@@ -314,7 +366,8 @@ class Runner:
         """None while it runs, its results, or its error: bad input on any rank before the links it breaks."""
         import ray
 
-        finished, running.pending = ray.wait(running.refs, num_returns=len(running.refs), timeout=0)
+        finished, pending = ray.wait(running.refs, num_returns=len(running.refs), timeout=0)
+        running.pending = set(pending)
         errors = _errors(finished)
         if errors and running.pending:  # the rank at fault may report last; one blocked in a collective never does
             errors = _errors(ray.wait(running.refs, num_returns=len(running.refs), timeout=ERROR_GRACE_S)[0])
@@ -410,19 +463,15 @@ class Runner:
         return not refs and not errors
 
 
-def _with_news(running: Sequence[_Running]) -> list[_Running]:
-    """Those of which a call has ended since the last look; waits for the first, at most POLL_S.
-
-    Two calls to Ray for all jobs: one for each would be as many, each time that one of them ends.
-    """
+def _with_ended_calls(running: Iterable[_Running]) -> list[_Running]:
+    """Those of which a call has ended that was pending, by one call to Ray for all of them."""
     import ray
 
-    pending = [ref for r in running for ref in r.pending]
+    pending = {ref: r for r in running for ref in r.pending}
     if not pending:
         return []
-    ray.wait(pending, timeout=POLL_S)
-    ended = set(ray.wait(pending, num_returns=len(pending), timeout=0)[0])
-    return [r for r in running if not ended.isdisjoint(r.pending)]
+    ended, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+    return list(dict.fromkeys(pending[ref] for ref in ended))
 
 
 def _errors(finished: Sequence[Any]) -> list[BaseException]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -22,6 +23,10 @@ class Ref:
 
     worker: Worker
     method: str
+
+    def future(self) -> Future[Any]:
+        """Nobody is told when the call has ended; who wants to know looks."""
+        return Future()
 
 
 class Call:

@@ -19,8 +19,9 @@ def test_a_task_takes_two_calls_of_a_worker_and_a_job_two_of_each_rank_and_one_m
     assert tasks["put"] == 0
     assert max(start["nodes"], jobs["nodes"], tasks["nodes"]) <= 3
     for counts, works in ((jobs, 64), (tasks, 3 * workers)):
-        assert counts["wait"] <= 8 * works
-        assert counts["references waited for"] <= 8 * works * workers
+        looks = counts["wait"] - 3 * works  # at all calls, once in LOOK_S: this machine may be slow
+        assert counts["waits"] <= 4 * works
+        assert counts["references waited for"] <= 6 * works + max(0, looks) * workers
         assert counts["kill"] == 0
 
 
