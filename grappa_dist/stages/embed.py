@@ -31,6 +31,7 @@ from grappa_dist.data.index import Shard
 from grappa_dist.data.loader import Images, load_or_skip
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.transforms import Preprocess, pixels_class
+from grappa_dist.distributed.sharded_rows import scratch
 from grappa_dist.distributed.worker import report_of_task
 from grappa_dist.files import read_json, save_array, write_json
 from grappa_dist.lack_of_memory import naming_lack_of_memory
@@ -271,13 +272,14 @@ class _OpenShard:
 def _embed_shard(shard: _OpenShard, dim: int, batches: Iterator[_Batch], embedded: Callable[[int], None]) -> None:
     """Commits the artefact of each model: rows.npy (P, D), and bad.json {position: reason}.
 
-    What the frozen backbone reads is recorded in sums.npy; others are held against that.
+    What the frozen backbone reads is recorded in sums.npy; others are held against that. Until the shard is whole its
+    rows are in scratch, so memory does not grow with P M D.
 
     Args:
         batches: of this shard, and then of others.
     """
     shape = (len(shard.models), len(shard.images), dim)
-    features, reasons, done = np.zeros(shape, dtype=np.float32), dict[int, str](), 0
+    features, reasons, done = scratch(shape, torch.float32).numpy(), dict[int, str](), 0
     while done < len(shard.images):
         batch = next(batches)
         features[:, batch.rows] = batch.units
