@@ -153,7 +153,7 @@ class StandIn:
 
 @dataclass
 class CountingRay:
-    """What the runner asks of Ray, counted. Each wait for an end that was not told lets one call of work end."""
+    """What the runner asks of Ray, counted. Each wait for an end that has not come lets one call of work end."""
 
     nodes_up: Sequence[str]
     counts: Counter[str] = field(default_factory=Counter)  # calls of workers' methods, and of Ray itself
@@ -200,7 +200,7 @@ class CountingRay:
 
 
 @dataclass
-class _Told(EndedCalls):
+class _OneByOne(EndedCalls):
     """What has ended; a call of work ends when nothing else has."""
 
     ray: CountingRay = field(kw_only=True)
@@ -253,7 +253,7 @@ def place(workers: int, nodes: int, jobs: tuple[int, int], tasks: int) -> Placin
     """The driver's part of starting workers and running jobs (their number and ranks), then tasks, on stand-ins."""
     ray = CountingRay([f"node {n}" for n in range(nodes)])
     where = Resources(workers=workers, cpus_per_worker=1, gpus_per_worker=0)
-    runner = Runner(_StandInCluster(where), where, ended=_Told(ray=ray))
+    runner = Runner(_StandInCluster(where), where, ended=_OneByOne(ray=ray))
     parts: list[tuple[float, Counter[str]]] = []
 
     def measure(work: Callable[[], Any]) -> None:

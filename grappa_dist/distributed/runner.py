@@ -25,7 +25,7 @@ from grappa_dist.distributed.ray_cluster import Cluster
 from grappa_dist.storage import WITHOUT_SPACE
 
 POLL_S = 0.5
-LOOK_S = 2.0  # between two looks at all calls, for one whose end Ray has not told
+LOOK_S = 2.0  # between two looks at all calls, for an end that Ray has not reported
 STATUS_S, ASKED_AT_ONCE = 1.0, 50  # seconds between two looks at what so many running jobs report; more have longer
 STOP_GRACE_S = 60.0  # for running jobs to save their state
 RAY_DEATH_S = 1.0  # after an error, for a death of Ray that may have caused it
@@ -111,18 +111,18 @@ class _Running:
 
 @dataclass
 class EndedCalls:
-    """Calls of workers that have ended, as Ray tells of each; the cost of one does not depend on the number of others.
+    """Calls of workers that have ended, as Ray reports each; the cost of one does not depend on the number of others.
 
     Ray calls back in a thread of its own, which must not wait for Ray: it puts what has ended into a queue. It does so
     for dead workers and for results that cannot be read here as well. As that is not promised, a look at all calls,
-    every LOOK_S, finds what was not told.
+    every LOOK_S, finds the rest.
     """
 
     queue: SimpleQueue[tuple[_Running, Any, bool]] = field(default_factory=SimpleQueue)  # job, call, whether it failed
     _looked: float = field(default_factory=time.monotonic)
 
     def watch(self, running: _Running) -> None:
-        """From now on tells of the calls that are under way."""
+        """From now on the ends of the calls that are under way are reported."""
         running.pending = set(running.refs)
         for ref in running.refs:
             ref.future().add_done_callback(partial(self._put, running, ref))

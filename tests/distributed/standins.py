@@ -25,7 +25,7 @@ class Ref:
     method: str
 
     def future(self) -> Future[Any]:
-        """Nobody is told when the call has ended; who wants to know looks."""
+        """Never done: no end of a call is reported, so it is found by a look."""
         return Future()
 
 

@@ -38,7 +38,7 @@ def started(ray: Ray, monkeypatch: pytest.MonkeyPatch, workers: list[Worker], **
     """A cluster with these workers up; new ones come up on node a."""
     versions()  # is remembered; a stand-in has no version
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr("grappa_dist.distributed.runner.LOOK_S", 0.0)  # the stand-in tells of no end
+    monkeypatch.setattr("grappa_dist.distributed.runner.LOOK_S", 0.0)  # the stand-in reports no end
     monkeypatch.setattr("grappa_dist.distributed.runner.POLL_S", 0.01)
     cluster = Cluster(Resources(placement_timeout_s=5, **settings))
     cluster._begun, cluster._node_of = True, {worker: worker.node for worker in workers}

@@ -1,4 +1,4 @@
-"""News of calls that have ended: of attempts that are over, of failures, and of ends that were not told."""
+"""News of calls that have ended: of attempts that are over, of failures, and of ends that were not reported."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class Call:
     """A reference to a call that ends when the test says so."""
 
     def __init__(self) -> None:
-        self.told = Future[str]()
+        self.reported = Future[str]()
         self.ended = False
 
     def future(self) -> Future[str]:
-        return self.told
+        return self.reported
 
     def end(self, error: Exception | None = None) -> None:
         self.ended = True
         if error is None:
-            self.told.set_result("done")
+            self.reported.set_result("done")
         else:
-            self.told.set_exception(error)
+            self.reported.set_exception(error)
 
 
 class Waits:
@@ -107,11 +107,13 @@ def test_calls_of_an_attempt_that_is_over_or_of_a_job_that_has_ended_are_no_news
     assert again.pending == set(again.refs)
 
 
-def test_an_end_that_was_not_told_is_found_by_a_look_at_all_calls(ray: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_that_was_not_reported_is_found_by_a_look_at_all_calls(
+    ray: Waits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner_module, "LOOK_S", 0.1)
     calls = EndedCalls()
     running = {name: under_way(name, 2, calls) for name in "abc"}
-    running["c"].refs[0].ended = True  # and nobody is told
+    running["c"].refs[0].ended = True  # which is not reported
     found, end = list[_Running](), time.monotonic() + 20
     while not found and time.monotonic() < end:
         found = calls.wait(running)
@@ -123,7 +125,7 @@ def test_an_end_that_was_not_told_is_found_by_a_look_at_all_calls(ray: Waits, mo
     assert calls.wait(running) == []  # nothing to look at
 
 
-def test_calls_that_end_at_once_in_other_threads_are_all_told(ray: Waits) -> None:
+def test_calls_that_end_at_once_in_other_threads_are_all_reported(ray: Waits) -> None:
     calls = EndedCalls()
     running = {str(n): under_way(str(n), 2, calls) for n in range(200)}
     refs = [ref for r in running.values() for ref in r.refs]
@@ -175,11 +177,11 @@ def cluster() -> Iterator[Cluster]:
             cluster.close()
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_large_results_and_deaths_are_noticed_whether_or_not_ray_tells_of_them(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+@pytest.mark.parametrize("reported", [True, False])
+def test_large_results_and_deaths_are_noticed_whether_or_not_ray_reports_them(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reported: bool
 ) -> None:
-    if not told:
+    if not reported:
         monkeypatch.setattr(EndedCalls, "_put", lambda *_: None)
         monkeypatch.setattr(runner_module, "LOOK_S", 0.1)
     failed = list[str]()
