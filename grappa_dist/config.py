@@ -347,9 +347,7 @@ class EvaluateConfig(Section):
     # The exported model: auto, backbone, `k=<K>` or a variant. auto: the best on half of the labelled test queries, and
     # without labels the last of fuse.variants that is no baseline
     export: Annotated[str, BeforeValidator(lambda value: AUTO if value is None else value)] = AUTO
-    strengths: tuple[
-        Annotated[float, Field(ge=0, le=MOST_STRENGTH)], ...
-    ] = ()  # of adaptation: rows `average@0.5`, ...
+    strengths: tuple[Annotated[float, Field(ge=0, le=MOST_STRENGTH)], ...] = ()  # of adaptation: rows `average@0.5`
 
     @model_validator(mode="after")
     def _distinct(self) -> EvaluateConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 import grappa_dist
 from grappa_dist import pipeline
 from grappa_dist.artifacts import Store
-from grappa_dist.config import Config
+from grappa_dist.config import Config, at_strength
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_utf8
 from grappa_dist.layout import lay_out
@@ -77,7 +78,7 @@ def kept(root: Path) -> dict[str, int]:
 def test_other_strengths_embed_and_score_only_what_is_new_and_train_nothing(run: tuple[Path, Config]) -> None:
     root, settings = run
     before = kept(root)
-    for strengths, new in (((0.5, 0.0), {"0", "0.5"}), ((0.25, 0.5), {"0.25"}), ((0.5,), set())):
+    for strengths, new in (((0.5, 0.0), {"0", "0.5"}), ((2.0, 0.5), {"2"}), ((0.5,), set())):
         here = tiny.Here()
         found = pipeline.run_in(tiny.run_in(at(settings, strengths=strengths), root, here))
         assert found is not None
@@ -89,13 +90,18 @@ def test_other_strengths_embed_and_score_only_what_is_new_and_train_nothing(run:
         assert added == {f"{variant}@{s}" for variant in ("average", "transforms") for s in new}
         before = now
         assert found.verdict is not None
-        named = [f"average@{s:g}" for s in sorted(strengths)]
-        learned = [name.replace("average", "transforms") for name in (*named, "average")]
-        assert list(found.verdict.validation) == ["backbone", *named, "average", "k=4", "k=6", *learned]
+        named = [at_strength("average", s) for s in sorted([*strengths, 1.0])]
+        learned = [name.replace("average", "transforms") for name in named]
+        assert list(found.verdict.validation) == ["backbone", *named, "k=4", "k=6", *learned]
         rows = {row["model"]: row["r_precision"] for row in found.rows}
-        assert list(rows) == ["backbone", "k=4", "k=6", "oracle", *named, "average", *learned]
+        assert list(rows) == ["backbone", "k=4", "k=6", "oracle", *named, *learned]
         assert found.rows == json.loads((found.report / "metrics.json").read_text())["rows"]
         assert all(name in found.text() for name in named)
+        page = (found.report / "report.html").read_text()
+        lanes = set(re.findall(r'class="lane"><p>([^<]*)', page))
+        assert lanes == {"backbone", "average", "transforms", found.verdict.compared}
+        assert "<h3>transforms</h3>" in page  # its attention, which is shown at full strength alone
+        assert "<h3>transforms@" not in page
 
 
 def test_at_0_the_features_of_a_run_are_those_of_its_backbone_bit_for_bit(run: tuple[Path, Config]) -> None:
@@ -131,7 +137,7 @@ def test_the_row_of_a_strength_is_exported_by_a_run_and_of_a_run(run: tuple[Path
 
 def test_the_best_strength_on_the_validation_half_is_exported(run: tuple[Path, Config]) -> None:
     root, settings = run
-    found = pipeline.run_in(tiny.run_in(at(settings, strengths=(0.25, 0.5)), root, tiny.Here()))
+    found = pipeline.run_in(tiny.run_in(at(settings, strengths=(0.5, 2.0)), root, tiny.Here()))
     assert found is not None
     assert found.verdict is not None
     means = found.verdict.validation

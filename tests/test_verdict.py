@@ -51,11 +51,11 @@ def test_candidates_are_the_simplest_first_without_baselines_labels_and_gallery(
     assert candidates(models) == ["backbone", "average", "k=4", "k=16", "transforms", "neighbours"]
 
 
-def test_of_a_fusion_at_several_strengths_the_weakest_is_the_first_candidate() -> None:
-    weaker = ["neighbours@0.5", "average@0.5", "average@0", "neighbours@0.25", "average@0.25"]
+def test_of_a_fusion_at_several_strengths_the_least_is_the_first_candidate() -> None:
+    weaker = ["neighbours@0.5", "average@2", "average@0.5", "average@0", "neighbours@0.25", "average@0.25"]
     assert candidates([*MODELS, *weaker, "gallery", "gallery@0.5", "random-one@0.5", "supervised"]) == [
         "backbone",
-        *["average@0", "average@0.25", "average@0.5", "average"],
+        *["average@0", "average@0.25", "average@0.5", "average", "average@2"],
         *["k=4", "k=16"],
         *["neighbours@0.25", "neighbours@0.5", "neighbours"],
     ]

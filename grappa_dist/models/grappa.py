@@ -10,7 +10,7 @@ The layer wraps any block and never opens it. With x and y the two terms of the 
 U_i = A_i(h) + y and out = sum_i alpha_i U_i + x equal h + sum_i alpha_i A_i(h), since alpha sums to one; and y adds the
 same number to all N logits, which softmax ignores.
 
-At a strength s of adaptation below 1, which is set after training, the layer gives h + s (out - h), the backbone at 0.
+At a strength s of adaptation, which is set after training, the layer gives h + s (out - h), the backbone at 0.
 The attention of a layer is computed as without it.
 """
 

@@ -72,7 +72,7 @@ class ModelSpec:
         """The same model at a strength of adaptation.
 
         Raises:
-            ValueError: it is not in [0, 1], or there are no adaptor sets.
+            ValueError: it is not in [0, 4], or there are no adaptor sets.
         """
         check_strength(strength, len(self.sets))
         return replace(self, name=at_strength(split_strength(self.name)[0], strength), strength=float(strength))

@@ -49,8 +49,8 @@ class Pictures:
 def sample_galleries(
     flow: Flow, pictures: Pictures, insights: Mapping[str, Any], chosen: str | None
 ) -> Iterator[Gallery]:
-    """What the backbone, the fusions and, of single sets and weaker adaptation, the chosen model retrieve for the
-    sample queries."""
+    """What the backbone, the fusions as trained and, of single sets and other strengths of adaptation, the chosen model
+    retrieve for the sample queries."""
     ground_truth = load_ground_truth(flow.ground_truth)
     more = [m for m, spec in flow.models.items() if not m.startswith("k=") and spec.strength == 1]
     shown = [m for m in (BACKBONE, *flow.models) if m in (BACKBONE, chosen, *more)]

@@ -251,7 +251,7 @@ def _in_memory(model: nn.Module) -> OpenModel:
 
 
 def _sha256_of(model: nn.Module) -> str:
-    """A hash of the weights, of a strength below 1, and of what images become before the model sees them."""
+    """A hash of the weights, of a strength that is not 1, and of what images become before the model sees them."""
     digest = hashlib.sha256(repr(sorted(asdict(preprocess_of(model)).items())).encode())
     if isinstance(model, Grappa) and model.strength != 1:
         digest.update(f"strength {model.strength}".encode())

@@ -37,6 +37,22 @@ def test_class_folders_are_scored_beside_the_backbone(tmp_path: Path) -> None:
     assert flat.err.startswith("error: ")
 
 
+def test_a_model_is_scored_at_a_strength_beside_itself(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos")
+    model, out = model_in(tmp_path / "run"), tmp_path / "scores.json"
+    given = ["--model", model, "--images", str(tmp_path / "photos"), "--json", str(out)]
+    found = called(command, *given, "--against", model, "--strength", "0.5")
+    assert found.status == 0, found.err
+    assert list(json.loads(out.read_text())["scores"]) == ["neighbours@0.5", "neighbours"]
+    found = called(command, *given, "--strength", "0")
+    assert found.status == 0, found.err
+    scores = json.loads(out.read_text())["scores"]
+    assert list(scores) == ["neighbours@0", "backbone"]
+    assert scores["neighbours@0"] == scores["backbone"]
+    found = called(command, *given, "--strength", "5")
+    assert (found.status, found.err[:53]) == (2, "error: strength=5.0: expected a number from 0, the ba")
+
+
 @pytest.mark.long
 def test_python_needs_neither_ray_nor_faiss_nor_deepspeed(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos")

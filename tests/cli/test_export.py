@@ -53,6 +53,12 @@ def test_with_to_a_model_of_the_run_is_written_in_that_format(run: Path, tmp_pat
         (["--to", "onnx"], "error: --to onnx needs --out, the file to write"),
         (["--to", "onyx", "--out", "m"], "did you mean 'onnx'?"),
         (["--to", "torch", "--out", "m.pt2"], "holds no model: expected config.json"),
+        (["--strength", "0.5"], "error: --strength goes with --name and --out, or with --to"),
+        (["--strength", "half"], "'half' is not a valid float"),
+        (
+            ["--name", "backbone", "--out", "model", "--strength", "0.5"],
+            "strength=0.5: the model is the backbone alone",
+        ),
         (["--name", "backbone"], "error: --name and --out go together, unless there is --to"),
         (["--name", "bakbone", "--out", "model"], "has no model 'bakbone'; it has backbone; did you mean 'backbone'?"),
     ],

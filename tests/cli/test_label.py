@@ -34,6 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--model", "run", "--page", "p.html"], "--page is about labelled images"),
         (["--model", "timm:any"], "timm:any: is no run directory, so it has no images; expected --images PLACE"),
         (["--model", "run", "--against", "other"], "--against other: without --images a run is compared with its own"),
+        (["--model", "run", "--strength", "0.5"], "--strength 0.5: without --images a run is compared with its own"),
         (["--model", "run"], "run: expected a run directory with its"),
         (["--model", "nowhere", "--images", "photos"], "nowhere: is no folder"),
         (["--model", "run", "--images", "nowhere"], "nowhere: does not exist"),
