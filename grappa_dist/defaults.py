@@ -35,6 +35,8 @@ LEAST_CLASSES = 4  # to be divided: two that train, two that test
 MOST_WORKERS = 4  # on a CPU: each has a copy of the model
 MOST_LABELS = 4096  # on a CPU, where classifiers of more classes take most of the time
 DENSE = 5  # images a label of the finest set
+PASSES, LEAST_EPOCHS, MOST_EPOCHS = 2500, 2, 10  # images that a set is shown at least, by as many epochs as that takes
+STRENGTHS = (0.5, 1.5)  # of adaptation, for labelled test images to choose from
 
 
 def settings_of_run(
@@ -97,13 +99,16 @@ def starting_config(
         raise ValueError(f"expected a folder of images; {root} has no {CONFIG_FILE} of an earlier run to go on with")
     has_gpu = torch.cuda.is_available() or bool(os.environ.get("RAY_ADDRESS")) if has_gpu is None else has_gpu
     data = divided(_as_shards(images, test), root, split=split, log=log)
-    rows = _sizes(data, root)["train"]
+    sizes = _sizes(data, root)
+    rows = sizes["train"]
     if rows < LEAST_IMAGES:
         what = f"{', '.join(map(str, images))}: {pluralize(rows, 'image')} to adapt to"
         raise ValueError(f"{what}; expected at least {LEAST_IMAGES}, better some hundreds")
     if rows < BAD_IMAGES / DataConfig.model_fields["max_bad_share"].default:
         data["max_bad_share"] = min(0.2, round(BAD_IMAGES / rows, 3))
     chosen = _for_gpu(rows) if has_gpu else _for_cpu(rows, len(os.sched_getaffinity(0)))
+    if sizes.get("test"):
+        chosen.setdefault("evaluate", {})["strengths"] = STRENGTHS
     tree = {"name": root.name or "run", "data": data, "backbone": {"name": backbone or BACKBONE}, **chosen}
     config = read(tree, overrides).absolute(root)
     for line in _describe(config, has_gpu=has_gpu):
@@ -114,9 +119,13 @@ def starting_config(
 def _for_cpu(rows: int, cores: int) -> dict[str, dict[str, Any]]:
     """Sections that differ from the defaults where no worker has a GPU."""
     if rows < FEW_IMAGES:
-        ks, epochs, batch = _labels(rows, 2), 2, 32
+        ks, epochs, batch = _labels(rows, 2), _epochs(rows), 32
     else:
-        ks, epochs, batch = _labels(rows, 4), 2 if rows < SOME_IMAGES else 1, 64 if rows < SOME_IMAGES else 128
+        ks, epochs, batch = (
+            _labels(rows, 4),
+            _epochs(rows) if rows < SOME_IMAGES else 1,
+            64 if rows < SOME_IMAGES else 128,
+        )
     return {
         "embed": {"batch_size": WHOLE},
         "clustering": {"num_labels": ks},
@@ -131,7 +140,14 @@ def _for_gpu(rows: int) -> dict[str, dict[str, Any]]:
     """The same where workers have GPUs: the defaults, but enough steps for few images."""
     if rows >= FEW_IMAGES:
         return {"adapt": {"micro_batch": "auto"}}
-    return {"clustering": {"num_labels": _labels(rows, 4)}, "adapt": {"epochs": 4, "global_batch": 32}}
+    return {
+        "clustering": {"num_labels": _labels(rows, 4)},
+        "adapt": {"epochs": max(4, _epochs(rows)), "global_batch": 32},
+    }
+
+
+def _epochs(rows: int) -> int:
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, round(PASSES / rows)))
 
 
 def _labels(rows: int, sets: int) -> list[int]:

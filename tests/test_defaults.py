@@ -116,9 +116,10 @@ def test_a_folder_of_shards_counts_as_its_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "cpu", "gpu"),
     [
-        (8, ([2], 2, 32), ([2], 4, 32)),
-        (30, ([2, 8], 2, 32), ([2, 8], 4, 32)),
-        (300, ([16, 64], 2, 32), ([4, 16, 64], 4, 32)),
+        (8, ([2], 10, 32), ([2], 10, 32)),
+        (30, ([2, 8], 10, 32), ([2, 8], 10, 32)),
+        (300, ([16, 64], 8, 32), ([4, 16, 64], 8, 32)),
+        (900, ([32, 128], 3, 32), ([2, 8, 32, 128], 4, 32)),
         (3000, ([8, 32, 128, 512], 2, 64), ("auto", 3, 128)),
         (100_000, ([64, 256, 1024, 4096], 1, 128), ("auto", 3, 128)),
     ],
@@ -140,6 +141,12 @@ def test_sets_epochs_and_batches_follow_from_the_images_and_the_machine(
 
     assert chosen(False) == cpu
     assert chosen(True) == gpu
+
+
+def test_test_images_choose_among_strengths_of_adaptation_and_without_them_there_are_none(tmp_path: Path) -> None:
+    assert starting_config([flat(tmp_path / "photos")], tmp_path / "run").evaluate.strengths == ()
+    tested = [starting_config([in_classes(tmp_path / "classes", 6)], tmp_path / "run", has_gpu=gpu) for gpu in (0, 1)]
+    assert [config.evaluate.strengths for config in tested] == [(0.5, 1.5)] * 2
 
 
 def test_whether_there_is_a_gpu_is_looked_at_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ POWER = ((1.960 + 0.842) / 1.960) ** 2  # times as many queries tell a differenc
 MOST_TASKS = 12  # lines
 MOST_DRAWN = 24  # tasks
 RUN = "RUN"  # in the commands of a page, which does not say where its run lies
-TRY_MORE = "more training images, other clustering.num_labels, or more adapt.epochs"
+TRY_MORE = "more training images or adapt.epochs, other clustering.num_labels, or other evaluate.strengths"
 
 
 def describe_sureness(gain: Gain) -> str:
