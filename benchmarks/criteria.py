@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import Log, aligned, aligned_header, check_least, machine
-from grappa_dist.config import BACKBONE
 from grappa_dist.metrics import retrieval_scores
 from grappa_dist.retrieval.map_images import flow_of
 from grappa_dist.stages.bad_rows import bad_rows
 from grappa_dist.stages.embed import feature_rows
 from grappa_dist.stages.gallery_weights import effective_rank, transitivity
 from grappa_dist.stages.ground_truth import load_ground_truth
+from grappa_dist.variants import BACKBONE
 
 Rows = NDArray[np.float32]
 Ids = NDArray[np.int64]

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Log, aligned, aligned_header, check_least, machine
-from grappa_dist.config import BACKBONE
 from grappa_dist.files import read_json, write_json
 from grappa_dist.retrieval.map_images import flow_of
 from grappa_dist.stages.evaluate import SCORES_FILE
+from grappa_dist.variants import BACKBONE
 
 ROOT = Path(__file__).parents[1]
 FEW_OF_A_CLASS = 10  # images of a class, as many classes as that takes; more only where there are no further classes

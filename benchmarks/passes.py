@@ -19,12 +19,13 @@ from benchmarks.data import PHOTO_PX, images_to_measure
 from benchmarks.harness import Log, Timing, aligned, aligned_header, check_device, check_least, in_turns, machine
 from grappa_dist._compat import declare_torchvision_ops
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import BACKBONE, BackboneConfig, EmbedConfig
+from grappa_dist.config import BackboneConfig, EmbedConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import save_tensors
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, ModelSpec, build_backbone, release_cached_model
 from grappa_dist.stages.embed import ROWS_FILE, Embedding, EmbedTask, embed_shards, features_of
+from grappa_dist.variants import BACKBONE
 
 TOGETHER, SINGLY = "one pass", "a pass for each model"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from grappa_dist.artifacts import finished
-from grappa_dist.config import BACKBONE, VARIANTS, Config, Variant
+from grappa_dist.config import Config
 from grappa_dist.console import format_bytes, pluralize
 from grappa_dist.distributed import placement
 from grappa_dist.distributed.machine import this_machine
@@ -35,6 +35,7 @@ from grappa_dist.stages.fuse import projector_bytes
 from grappa_dist.stages.pseudo_label import num_labels
 from grappa_dist.training.batches import rank_share, steps_per_epoch
 from grappa_dist.training.memory import LAYERS_AT_WORK, micro_batch_size
+from grappa_dist.variants import BACKBONE, VARIANTS, Variant
 
 # Seconds that hardly depend on the sizes, on a CPU core: Ray and its workers until the first task; a job until its
 # first step, with its checkpoints; an iteration of k-means beside its products; a model's scores; the report.

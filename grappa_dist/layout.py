@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from grappa_dist.artifacts import Artifact, Store, numbered
-from grappa_dist.config import AUTO, BACKBONE, SUPERVISED, SUPERVISED_SET, Config, Variant, split_strength
+from grappa_dist.config import AUTO, Config
 from grappa_dist.data.open_images import generated_artifacts
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
@@ -25,6 +25,7 @@ from grappa_dist.stages.partitions import partitions_of
 from grappa_dist.stages.precision import settled
 from grappa_dist.stages.pseudo_label import labels_of, num_labels
 from grappa_dist.stages.supervised import supervised_fusion_of, true_labels_of
+from grappa_dist.variants import BACKBONE, SUPERVISED, SUPERVISED_SET, Variant, split_strength
 from grappa_dist.verdict import RULE, candidates
 
 

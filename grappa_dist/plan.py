@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from grappa_dist.artifacts import Artifact, Store, finished
-from grappa_dist.config import AUTO, SUPERVISED, SUPERVISED_SET, BackboneConfig, Config, Resources, Variant
+from grappa_dist.config import AUTO, BackboneConfig, Config, Resources
 from grappa_dist.console import format_bytes, format_number, pluralize
 from grappa_dist.data.open_images import ROWS_PER_SHARD as GENERATED_PER_SHARD
 from grappa_dist.data.open_images import generated_sizes, is_generated, open_images
@@ -59,6 +59,7 @@ from grappa_dist.stages.run import place_of
 from grappa_dist.training.barlow_twins_loss import by_rows_cost, rows_are_cheaper, whole_cost
 from grappa_dist.training.batches import describe_idle_ranks, rank_share, steps_per_epoch
 from grappa_dist.training.memory import ModelSizes, micro_batch_size
+from grappa_dist.variants import SUPERVISED, SUPERVISED_SET, Variant
 
 DIM = 384  # channels for which sizes are given where the backbone's are not known
 CORE_FLOPS = 3.7e10  # rate of a CPU core in the classifier, Adam included; measured, docs/scale.md

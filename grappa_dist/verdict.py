@@ -18,9 +18,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.config import AUTO, BACKBONE, VARIANTS, split_strength
+from grappa_dist.config import AUTO
 from grappa_dist.data.rng import Purpose, permutation
 from grappa_dist.significance import bootstrap_interval, mean_over_tasks, paired_test
+from grappa_dist.variants import BACKBONE, VARIANTS, split_strength
 
 FEW = 30  # queries of a task, fewer than which are said to be few
 TRAINED_ON = "the models were adapted to test images too, without their labels: nothing is known of new images"

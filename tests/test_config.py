@@ -7,19 +7,8 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from grappa_dist.config import (
-    VARIANTS,
-    AdaptConfig,
-    Config,
-    DataConfig,
-    FuseConfig,
-    Variant,
-    VariantName,
-    at_strength,
-    fingerprint,
-    load,
-    split_strength,
-)
+from grappa_dist.config import AdaptConfig, Config, DataConfig, FuseConfig, fingerprint, load
+from grappa_dist.variants import VARIANTS, Variant, VariantName, at_strength, split_strength
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"name": "x", "data": {"train": "shards"}, "backbone": {"name": "timm:vit_tiny"}}

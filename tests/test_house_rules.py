@@ -46,7 +46,7 @@ LEVELS = (  # a part imports parts of lower levels, and files of its own
     ("lease", "class_ranks", "checksums"),
     ("bucket",),
     ("search", "config", "console", "files", "functions", "prefetch", "lack_of_memory", "_compat"),
-    ("bars", "yaml_text", "object_store"),
+    ("bars", "yaml_text", "object_store", "variants"),
     ("output", "storage", "extras", "progress"),
 )
 DISTRIBUTED = ("ray", "deepspeed", "torch.distributed", "faiss")

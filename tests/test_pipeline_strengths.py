@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 import grappa_dist
 from grappa_dist import pipeline
 from grappa_dist.artifacts import Store
-from grappa_dist.config import Config, at_strength
+from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import write_utf8
 from grappa_dist.layout import lay_out
 from grappa_dist.models import Grappa
 from grappa_dist.models.spec import ADAPTORS_FILE, FUSION_FILE, build_backbone
 from grappa_dist.run_models import export_from_run
+from grappa_dist.variants import at_strength
 from tests.models.tiny import fill
 from tests.stages import tiny
 

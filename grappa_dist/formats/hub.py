@@ -15,12 +15,13 @@ from typing import Any
 import yaml
 
 from grappa_dist._compat import declare_torchvision_ops
-from grappa_dist.config import BACKBONE, CONFIG_FILE
+from grappa_dist.config import CONFIG_FILE
 from grappa_dist.console import pluralize
 from grappa_dist.data.transforms import INTERPOLATIONS
 from grappa_dist.files import read_json, write_json, write_utf8
 from grappa_dist.formats.checking import Check
 from grappa_dist.output import printable_line
+from grappa_dist.variants import BACKBONE
 
 CARD, PREPROCESSOR = "README.md", "preprocessor_config.json"
 UNKNOWN = "unknown: look it up"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
-from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig, FuseConfig, Variant
+from grappa_dist.config import AdaptConfig, BackboneConfig, DataConfig, FuseConfig
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.files import save_tensors
 from grappa_dist.gpu_check.checks import Machine
@@ -30,6 +30,7 @@ from grappa_dist.stages.fuse import FuseJob, train_fusion
 from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.training.batches import TrainingImages
 from grappa_dist.training.figures import Pace
+from grappa_dist.variants import Variant
 
 LABELS = (5, 6, 7)  # classes of the sets
 DISTINCT = 64  # drawn images

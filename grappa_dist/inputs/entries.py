@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from grappa_dist.config import SUPERVISED, Config
+from grappa_dist.config import Config
 from grappa_dist.console import Console, pluralize
 from grappa_dist.inputs.growing import Growing, count_rows
 from grappa_dist.inputs.images import Images, images_of
@@ -25,6 +25,7 @@ from grappa_dist.make_shards.left_out import FILE as LIST_FILE
 from grappa_dist.make_shards.left_out import LeftOut, described, joined, write_list
 from grappa_dist.make_shards.progress import Log
 from grappa_dist.make_shards.sources import Item
+from grappa_dist.variants import SUPERVISED
 
 SHARDS_DIR = "shards"  # below a run directory
 USED_FROM = 0.5  # of a shard's images are there: then it is used by who passes over rows

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grappa_dist.config import MOST_STRENGTH
 from grappa_dist.models.backbone import Backbone
 from grappa_dist.models.fused_adaptors import AttentionParameters, Weights, fused_adaptors
+from grappa_dist.variants import MOST_STRENGTH
 
 
 class Adaptors(nn.Module):

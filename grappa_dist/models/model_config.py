@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from grappa_dist.config import MOST_STRENGTH, at_strength, split_strength
 from grappa_dist.models.backbone import create_backbone
 from grappa_dist.models.grappa import Grappa
 from grappa_dist.storage import open_to_read
+from grappa_dist.variants import MOST_STRENGTH, at_strength, split_strength
 
 FORMAT = 1  # of an exported model
 STRENGTH_FORMAT = 2  # of one with a strength of adaptation: earlier versions, which would not heed it, refuse it

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, numbered
 from grappa_dist.checksums import MANIFEST, compare, damaged, read_manifest, verified
-from grappa_dist.config import BackboneConfig, at_strength, fingerprint, split_strength
+from grappa_dist.config import BackboneConfig, fingerprint
 from grappa_dist.data.transforms import Preprocess
 from grappa_dist.distributed.worker import release_memory
 from grappa_dist.files import Sum, read_bytes, read_json, read_tensors, save_tensors
@@ -32,6 +32,7 @@ from grappa_dist.models.precision import Precision
 from grappa_dist.models.shared_backbone import SharedBackbone
 from grappa_dist.models.weights import check_weights_file, load_tensors
 from grappa_dist.storage import open_to_read, open_to_write
+from grappa_dist.variants import at_strength, split_strength
 
 ADAPTORS_FILE, FUSION_FILE = "adaptors.safetensors", "grappa.safetensors"
 WEIGHTS_FILE = "model.safetensors"

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.artifacts import RowArrays
-from grappa_dist.config import BACKBONE
 from grappa_dist.data.decoding import decode
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.report.content import ChangedQuery, ClusterSample, Gallery, Hit
@@ -23,6 +22,7 @@ from grappa_dist.stages.bad_rows import bad_rows
 from grappa_dist.stages.embed import feature_rows
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth
+from grappa_dist.variants import BACKBONE
 from grappa_dist.verdict import TaskQueries
 
 THUMBNAIL_PX = 112

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from grappa_dist.config import BACKBONE
 from grappa_dist.console import pluralize
 from grappa_dist.files import write_bytes, write_utf8
 from grappa_dist.report.attention import attention_section
@@ -36,6 +35,7 @@ from grappa_dist.report.scores import (
 )
 from grappa_dist.report.sentences import describe_gain, read_scores
 from grappa_dist.report.verdict import as_json, verdict_section
+from grappa_dist.variants import BACKBONE
 
 MOST_BAD_ROWS = 100
 MOST_CLUSTERINGS = 24  # histograms

@@ -16,7 +16,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError
 
-from grappa_dist.config import CONFIG_FILE, SUPERVISED_SET, VARIANTS, Section
+from grappa_dist.config import CONFIG_FILE, Section
 from grappa_dist.files import read_bytes, read_json
 from grappa_dist.make_shards.progress import align
 from grappa_dist.report.html import table, text
@@ -24,6 +24,7 @@ from grappa_dist.report.page import document
 from grappa_dist.report.queries import ORACLE
 from grappa_dist.report.scores import Metric, Scores, kind, ordered
 from grappa_dist.stages.run import configs_of_seeds, read_config
+from grappa_dist.variants import SUPERVISED_SET, VARIANTS
 
 PUBLISHED = Path(__file__).with_name("paper_tables.yaml")
 METRICS_FILE = "metrics.json"

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from grappa_dist.config import BACKBONE
 from grappa_dist.significance import bootstrap_intervals
+from grappa_dist.variants import BACKBONE
 from grappa_dist.verdict import TaskQueries
 
 ORACLE = "oracle"

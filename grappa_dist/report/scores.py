@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from grappa_dist.config import BACKBONE, SUPERVISED, SUPERVISED_SET, VARIANTS, Variant, split_strength
 from grappa_dist.console import pluralize
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.html import MISSING, percent, points, text
 from grappa_dist.report.queries import ORACLE, Intervals
+from grappa_dist.variants import BACKBONE, SUPERVISED, SUPERVISED_SET, VARIANTS, Variant, split_strength
 
 Metric = Literal["r_precision", "map_at_r", "recall_at_1"]
 AVERAGE = "average"

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from grappa_dist.config import BACKBONE
 from grappa_dist.report.content import ScoreRow
 from grappa_dist.report.html import MISSING, points, text
 from grappa_dist.report.page import document
@@ -25,6 +24,7 @@ from grappa_dist.report.verdict import (
     how_to_use,
     interval,
 )
+from grappa_dist.variants import BACKBONE
 from grappa_dist.verdict import SeedsVerdict
 
 

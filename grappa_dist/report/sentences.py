@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grappa_dist.config import BACKBONE
 from grappa_dist.console import format_number, pluralize
 from grappa_dist.report.html import percent, points
 from grappa_dist.report.queries import ORACLE
 from grappa_dist.report.scores import AVERAGE, Scores, is_learned, kind
+from grappa_dist.variants import BACKBONE
 
 Sentence = tuple[str, str]
 UNIFORM = 0.99  # normalised entropy above which a learned fusion is practically the average

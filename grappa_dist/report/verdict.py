@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from grappa_dist.config import AUTO, BACKBONE
+from grappa_dist.config import AUTO
 from grappa_dist.console import pluralize
 from grappa_dist.report.html import percent, points, text
 from grappa_dist.report.plots import Axes, Interval, forest_plot
 from grappa_dist.report.sentences import describe_gain
+from grappa_dist.variants import BACKBONE
 from grappa_dist.verdict import Gain, Verdict
 
 LABELLED = 200  # test images that tell a gain of some points

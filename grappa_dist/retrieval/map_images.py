@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grappa_dist.artifacts import Store
-from grappa_dist.config import BACKBONE, Config
+from grappa_dist.config import Config
 from grappa_dist.console import pluralize
 from grappa_dist.data.loader import Images
 from grappa_dist.data.open_images import is_generated
@@ -34,6 +34,7 @@ from grappa_dist.stages.embed import feature_rows
 from grappa_dist.stages.flow import Flow
 from grappa_dist.stages.ground_truth import GroundTruth, load_ground_truth, members_of, numbered_members
 from grappa_dist.stages.run import read_config
+from grappa_dist.variants import BACKBONE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from grappa_dist.artifacts import Artifact
 from grappa_dist.checksums import load_json, map_rows
-from grappa_dist.config import BACKBONE
 from grappa_dist.console import pluralize
 from grappa_dist.data.decoding import BadImage
 from grappa_dist.data.shards import ImageShards
@@ -27,6 +26,7 @@ from grappa_dist.retrieval.neighbours import Graph, Outliers
 from grappa_dist.retrieval.sheet import Strip, Tile, draw_sheet, thumbnail
 from grappa_dist.stages.bad_rows import BAD_FILE
 from grappa_dist.stages.embed import ROWS_FILE
+from grappa_dist.variants import BACKBONE
 
 MOST_STRIPS, MOST_TILES = 40, 8  # of a sheet: groups, leaks; images of a group
 _ROW = 8  # outliers side by side

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, finished, wait_until_seen
 from grappa_dist.checksums import MANIFEST
-from grappa_dist.config import BACKBONE, EmbedConfig
+from grappa_dist.config import EmbedConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.device_batches import HostCopy, Memory, device_batches
 from grappa_dist.data.index import Shard
@@ -48,6 +48,7 @@ from grappa_dist.search.fixed_point import to_grid
 from grappa_dist.stages.bad_rows import BAD_FILE, BadRows, EarlyCheck, bad_reasons, check_bad_share
 from grappa_dist.stages.gallery_weights import rows_by_gallery
 from grappa_dist.stages.run import Run
+from grappa_dist.variants import BACKBONE
 
 ROWS_FILE = "rows.npy"
 SUMS_FILE = "sums.npy"  # of features of the frozen backbone: (P,) uint64, xxh3 of every image that was embedded

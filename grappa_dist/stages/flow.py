@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from grappa_dist.artifacts import Artifact, finished
-from grappa_dist.config import SUPERVISED, SUPERVISED_SET, Variant
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.damages import Damage
+from grappa_dist.variants import SUPERVISED, SUPERVISED_SET, Variant
 
 
 class Supervision(NamedTuple):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store, wait_until_seen
-from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig, Variant
+from grappa_dist.config import BackboneConfig, DataConfig, FuseConfig
 from grappa_dist.console import pluralize
 from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
@@ -52,6 +52,7 @@ from grappa_dist.training.figures import DEFAULT_PACE, Figures, Pace
 from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.memory import fuse_advice, fusion_micro_batch, naming_lack_of_memory
 from grappa_dist.training.optim import Lars, adam
+from grappa_dist.variants import Variant
 
 BUCKET = 5 * 10**8  # most gradients in one buffer of the engine's all-reduce, which it fills for a single rank too
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from grappa_dist.artifacts import Store, finished
 from grappa_dist.bucket import here
-from grappa_dist.config import BACKBONE, Config
+from grappa_dist.config import Config
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.placement import may_have_gpus
 from grappa_dist.files import make_folder, read_json, write_json
@@ -19,6 +19,7 @@ from grappa_dist.models.precision import Precision
 from grappa_dist.models.spec import ModelSpec
 from grappa_dist.stages.embed import features_of
 from grappa_dist.stages.run import Run
+from grappa_dist.variants import BACKBONE
 
 PRECISION_FILE = "precision.json"  # in the index folder of a run
 

@@ -37,7 +37,7 @@ from grappa_dist.artifacts import (
 )
 from grappa_dist.bucket import send
 from grappa_dist.checksums import load_json
-from grappa_dist.config import SUPERVISED, SUPERVISED_SET, AdaptConfig, BackboneConfig, Config
+from grappa_dist.config import AdaptConfig, BackboneConfig, Config
 from grappa_dist.console import pluralize
 from grappa_dist.data.rng import Purpose, torch_seed
 from grappa_dist.data.shards import ImageShards
@@ -61,6 +61,7 @@ from grappa_dist.training.figures import DEFAULT_PACE, Figures, Pace
 from grappa_dist.training.loop import Reporting, Schedule, train
 from grappa_dist.training.memory import fuse_advice, fusion_micro_batch, naming_lack_of_memory
 from grappa_dist.training.optim import adam
+from grappa_dist.variants import SUPERVISED, SUPERVISED_SET
 
 ASKED_BY = "adapt.supervised or the variant supervised of fuse.variants"
 NAMED = 3  # shards, in a message

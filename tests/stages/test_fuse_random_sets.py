@@ -11,7 +11,6 @@ from torch import Tensor
 
 from grappa_dist import load_model
 from grappa_dist.artifacts import Artifact, Store
-from grappa_dist.config import Variant
 from grappa_dist.console import read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.distributed.collectives import Comm
@@ -29,6 +28,7 @@ from grappa_dist.stages.fuse import (
 )
 from grappa_dist.training.barlow_twins_loss import barlow_twins
 from grappa_dist.training.optim import Lars
+from grappa_dist.variants import Variant
 from tests import reference
 from tests.processes import run_ranks
 from tests.stages import tiny

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from grappa_dist.artifacts import Store
-from grappa_dist.config import BACKBONE, Config, read
+from grappa_dist.config import Config, read
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.layout import lay_out
 from grappa_dist.models.spec import ModelSpec, backbone_settings
@@ -18,6 +18,7 @@ from grappa_dist.stages import precision
 from grappa_dist.stages.embed import features_of
 from grappa_dist.stages.precision import PRECISION_FILE, record, settle, settled
 from grappa_dist.stages.run import Run
+from grappa_dist.variants import BACKBONE
 from tests.test_layout_names import made_up_shards
 
 TRAIN = made_up_shards("train", 6, 3)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from grappa_dist.artifacts import Artifact, RowArrays, Store
-from grappa_dist.config import Config, Variant
+from grappa_dist.config import Config
 from grappa_dist.console import Console, Events, read_events
 from grappa_dist.data.shards import ImageShards
 from grappa_dist.data.writer import ShardWriter
@@ -31,6 +31,7 @@ from grappa_dist.stages.fuse import FuseJob, fusion_of
 from grappa_dist.stages.multi_set_jobs import AdaptSet
 from grappa_dist.stages.run import Run
 from grappa_dist.training.batches import TrainingImages
+from grappa_dist.variants import Variant
 from tests.processes import run_ranks
 
 SIZES = (13, 1, 17, 9)
