@@ -21,10 +21,12 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import Log, aligned, aligned_header, check_least, machine
+from grappa_dist.checksums import load_json
 from grappa_dist.metrics import retrieval_scores
 from grappa_dist.retrieval.map_images import flow_of
 from grappa_dist.stages.bad_rows import bad_rows
 from grappa_dist.stages.embed import feature_rows
+from grappa_dist.stages.evaluate import INSIGHT_FILE
 from grappa_dist.stages.gallery_weights import effective_rank, transitivity
 from grappa_dist.stages.ground_truth import load_ground_truth
 from grappa_dist.variants import BACKBONE
@@ -32,6 +34,7 @@ from grappa_dist.variants import BACKBONE
 Rows = NDArray[np.float32]
 Ids = NDArray[np.int64]
 ROWS_OF_A_CLUSTER = 20  # on average
+AVERAGE, AS_TRAINED, LABELS = "average", "(the average, always)", "(the best by labels)"
 _SIZES, _STARTS = (10, 20, 40), 3  # rows of a cluster, and runs of k-means, where a mean is taken
 _SLOPE = slice(2, 60)  # eigenvalues whose decay is fitted
 
@@ -76,6 +79,7 @@ class Gallery:
 
     models: Mapping[str, Features]
     labels: Ids  # (n,)
+    views: Mapping[str, float] = field(default_factory=dict)  # by model, the report's figure of all tasks together
     partition: Ids = field(init=False)  # of the backbone's rows
     ensemble: Ids = field(init=False)  # of all models' rows side by side
 
@@ -170,6 +174,7 @@ FIGURES: dict[str, Callable[[Gallery, str], float]] = {
     "neighbours of the other models": _others,
     "R-Precision on the backbone's clusters": lambda g, m: g.precision_of(m, g.partition),
     "R-Precision on all models' clusters": lambda g, m: g.precision_of(m, g.ensemble),
+    "views find their source": lambda g, m: g.views.get(m, 0.0),
 }
 
 
@@ -225,11 +230,12 @@ def galleries(root: Path, k: int) -> dict[str, Gallery]:
     known = load_ground_truth(flow.ground_truth)
     good = np.setdiff1d(np.flatnonzero(known.labels >= 0), bad_rows(flow.test, flow.test_features[BACKBONE]))
     found = {m: feature_rows(flow.test, features) for m, features in flow.test_features.items()}
+    views = {m: load_json(a.path / INSIGHT_FILE)["view_finds_source"] for m, a in flow.insights.items() if a.complete}
     by_task = dict[str, Gallery]()
     for number, task in enumerate(known.task_names):
         rows = good[known.tasks[good] == number]
         models = {m: Features(features.take_unit(rows), k) for m, features in found.items()}
-        by_task[task] = Gallery(models, known.labels[rows].astype(np.int64))
+        by_task[task] = Gallery(models, known.labels[rows].astype(np.int64), views)
     return by_task
 
 
@@ -260,20 +266,38 @@ def right_signs(points: Sequence[Point]) -> dict[str, float]:
     return {name: statistics.fmean(found) if found else float("nan") for name, found in right.items()}
 
 
+def gains_of_picks(points: Sequence[Point]) -> dict[str, list[float]]:
+    """In points above the backbone, what is gained where the model of highest figure is taken, by run and task."""
+    found: dict[str, list[float]] = {name: [] for name in (*FIGURES, AS_TRAINED, LABELS)}
+    for key in sorted({(p.run, p.task) for p in points}):
+        some = [p for p in points if (p.run, p.task) == key]
+        base = next(p.r_precision for p in some if p.model == BACKBONE)
+        for name in FIGURES:
+            found[name].append(100 * (max(some, key=lambda p: p.figures[name]).r_precision - base))
+        found[LABELS].append(100 * (max(p.r_precision for p in some) - base))
+        found[AS_TRAINED] += [100 * (p.r_precision - base) for p in some if p.model == AVERAGE]
+    return found
+
+
 def as_text(header: Mapping[str, str], points: Sequence[Point], chosen_on: Sequence[str]) -> str:
     tasks = sorted({p.task for p in points})
     chosen = [task for task in tasks if task in chosen_on] or tasks
     others = [task for task in tasks if task not in chosen] or tasks
-    signs = right_signs(points)
-    lines = [["figure", *tasks, f"mean of {', '.join(chosen)}", f"mean of {', '.join(others)}", "right signs"]]
-    found = correlations(points)
+    found, signs, picks = correlations(points), right_signs(points), gains_of_picks(points)
+    means = [f"mean of {', '.join(part)}" for part in (chosen, others)]
+    lines = [["figure", *tasks, *means, "right signs", "its picks gain", "least"]]
     for name, by_task in sorted(found.items(), key=lambda item: -statistics.fmean(item[1][t] for t in chosen)):
-        means = [statistics.fmean(by_task[t] for t in part) for part in (chosen, others)]
-        lines.append(
-            [name, *(f"{by_task[t]:+.2f}" for t in tasks), *(f"{m:+.2f}" for m in means), f"{signs[name]:.0%}"]
-        )
+        numbers = [by_task[t] for t in tasks]
+        numbers += [statistics.fmean(by_task[t] for t in part) for part in (chosen, others)]
+        lines.append([name, *(f"{number:+.2f}" for number in numbers), f"{signs[name]:.0%}", *_gain(picks[name])])
+    for name in (AS_TRAINED, LABELS):
+        lines.append([name, *["-"] * (len(lines[0]) - 3), *_gain(picks[name])])
     about = {"models": f"{len(points) // len(tasks)} of {len({p.run for p in points})} runs"}
     return "\n\n".join([aligned_header({**header, **about}), aligned(lines)])
+
+
+def _gain(found: Sequence[float]) -> list[str]:
+    return [f"{statistics.fmean(found):+.2f}", f"{min(found):+.2f}"] if found else ["-", "-"]
 
 
 SHORT = "figures without labels against R-Precision, over the models of many runs"

@@ -95,6 +95,13 @@ def test_the_correlation_is_one_where_a_figure_orders_models_as_labels_do_and_mi
     assert set(right_signs(reverse).values()) == {0}
 
 
+def test_a_figure_gains_what_the_model_that_it_picks_gains() -> None:
+    found = criteria.gains_of_picks(points({"backbone": (1, 0.3), "average": (5, 0.25), "k=4": (2, 0.5)}))
+    assert {round(gain, 9) for name in FIGURES for gain in found[name]} == {-5}
+    assert found[criteria.AS_TRAINED] == pytest.approx([-5])
+    assert found[criteria.LABELS] == pytest.approx([20])
+
+
 def test_runs_are_compared_by_the_command(tmp_path: Path) -> None:
     runs = [str(finished_run(tmp_path / name)) for name in ("one", "two")]
     text, numbers = criteria.run({"runs": runs, "k": 3, "chosen_on": []}, lambda line: None)
