@@ -36,7 +36,7 @@ MOST_WORKERS = 4  # on a CPU: each has a copy of the model
 MOST_LABELS = 4096  # on a CPU, where classifiers of more classes take most of the time
 DENSE = 5  # images a label of the finest set
 PASSES, LEAST_EPOCHS, MOST_EPOCHS = 2500, 2, 10  # images that a set is shown at least, by as many epochs as that takes
-STRENGTHS = (0.5, 1.5)  # of adaptation, for labelled test images to choose from
+STRENGTHS = (0.5, 2.0)  # of adaptation, for labelled test images to choose from
 
 
 def settings_of_run(

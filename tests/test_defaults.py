@@ -146,7 +146,7 @@ def test_sets_epochs_and_batches_follow_from_the_images_and_the_machine(
 def test_test_images_choose_among_strengths_of_adaptation_and_without_them_there_are_none(tmp_path: Path) -> None:
     assert starting_config([flat(tmp_path / "photos")], tmp_path / "run").evaluate.strengths == ()
     tested = [starting_config([in_classes(tmp_path / "classes", 6)], tmp_path / "run", has_gpu=gpu) for gpu in (0, 1)]
-    assert [config.evaluate.strengths for config in tested] == [(0.5, 1.5)] * 2
+    assert [config.evaluate.strengths for config in tested] == [(0.5, 2.0)] * 2
 
 
 def test_whether_there_is_a_gpu_is_looked_at_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,20 @@ def as_console(lines: Sequence[str]) -> list[str]:
 
 def caveats(verdict: Verdict) -> list[str]:
     """What the figures do not say, as sentences."""
-    return [*verdict.caveats, SEEDS_CAVEAT]
+    return [*_losses(verdict), *verdict.caveats, SEEDS_CAVEAT]
+
+
+def _losses(verdict: Verdict) -> list[str]:
+    """What to do about tasks that lose where the mean does not."""
+    worse = [gain for gain in verdict.tasks if gain.outcome == "worse"]
+    if not worse or verdict.mean.outcome == "worse":
+        return []
+    named = ", ".join(f"{gain.task} ({points(gain.shown_gain)})" for gain in worse[:MOST_TASKS])
+    more = f" and {len(worse) - MOST_TASKS} more" if len(worse) > MOST_TASKS else ""
+    return [
+        f"worse than the backbone on {named}{more}; at half the strength of adaptation (evaluate.strengths=[0.5], "
+        "then evaluate.export) losses are smaller, and so are gains"
+    ]
 
 
 def conclusion(verdict: Verdict, run: str) -> str:

@@ -11,6 +11,7 @@ from grappa_dist.report import ReportContent, write_report
 from grappa_dist.report.sentences import describe_gain
 from grappa_dist.report.verdict import (
     as_json,
+    caveats,
     conclusion,
     describe_sureness,
     verdict_lines,
@@ -55,6 +56,18 @@ def test_a_better_model_is_called_better_with_its_figures_and_what_next() -> Non
     assert line.startswith("Better than the backbone: k=64 is 1.2 points above the backbone in mean R-Precision over 2")
     assert "(95% interval +0.8 to +1.6, p < 0.001, 800 queries)" in line
     assert "grappa-dist search --model runs/mine" in line
+
+
+def test_a_task_that_loses_while_the_mean_gains_is_a_caveat_with_what_to_do() -> None:
+    found = verdict(0.012)
+    losing = replace(found, tasks=(found.tasks[0], gain("cars", -0.016)))
+    (note,) = [line for line in caveats(losing) if "worse than the backbone" in line]
+    assert note.startswith("worse than the backbone on cars (−1.6); at half the strength of adaptation")
+    unsure = replace(found, tasks=(found.tasks[0], gain("cars", -0.016, half_width=0.02)))
+    all_lose = replace(losing, mean=gain(None, -0.01))
+    many = replace(found, tasks=tuple(gain(f"t{i}", -0.01) for i in range(15)))
+    assert not [line for v in (found, unsure, all_lose) for line in caveats(v) if "worse" in line]
+    assert any("t11 (−1.0) and 3 more; at half" in line for line in caveats(many))
 
 
 def test_a_worse_model_is_called_worse_and_not_shown_is_not_better() -> None:
