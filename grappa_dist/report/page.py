@@ -396,8 +396,9 @@ def label_free_section(content: ReportContent) -> str:
     if not content.label_free:
         return ""
     lead = (
-        '<p class="lead">Figures that need no label, in percent. They compare models on the same images; '
-        "they are not accuracies.</p>"
+        '<p class="lead">Figures that need no label, in percent. They are not accuracies, and do not tell which model '
+        "is better: over 100 models, how often a view finds its source had a rank correlation of −0.2 with "
+        "R-Precision.</p>"
     )
     of_models = [item for item in content.label_free if not item.get("of_graph")]
     of_graphs = [item for item in content.label_free if item.get("of_graph")]
