@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import os
 import statistics
 import subprocess
@@ -86,6 +87,8 @@ def measure_gain(settings: GainSettings, log: Log) -> list[dict[str, Any]]:
     settings.check()
     out = settings.out.absolute()
     cells = list(_cells(settings))
+    if cells:
+        _check_same(settings, out)
     for number, cell in enumerate(cells, 1):
         folder = out / "cells" / cell.name
         if (folder / CELL_FILE).exists():
@@ -94,6 +97,16 @@ def measure_gain(settings: GainSettings, log: Log) -> list[dict[str, Any]]:
         _run(settings, cell, folder)
         write_json(folder / CELL_FILE, {**asdict(cell), "scores": _scores(folder)})
     return [read_json(path) for path in sorted(out.glob(f"cells/*/{CELL_FILE}"))]
+
+
+def _check_same(settings: GainSettings, out: Path) -> None:
+    """Notes what all cells of a folder have in common; raises ValueError where it was something else."""
+    given = {"backbone": settings.backbone, "test_images": settings.test_images, "overrides": list(settings.overrides)}
+    known = out / "settings.json"
+    if known.exists() and read_json(known) != given:
+        raise ValueError(f"--out {out}: its cells have {json.dumps(read_json(known))}, not {json.dumps(given)}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(known, given)
 
 
 def _cells(settings: GainSettings) -> Iterator[Cell]:
@@ -153,7 +166,7 @@ def _by_class(rows: Sequence[Row], *, train: bool) -> dict[str, list[Row]]:
 def rows_to_train(tables: Mapping[str, Sequence[Row]], cell: Cell) -> dict[str, list[Row]]:
     """The images of a cell, by task: as many of each task, of FEW_OF_A_CLASS a class where there are enough classes.
 
-    A collection that is larger than a task's share of images takes all of them and more of the others.
+    A task that has fewer images than its share gives all, and the others more.
     """
     rng, tasks = np.random.default_rng(cell.seed), [cell.task] if cell.task else list(tables)
     queues = {task: _queue(_by_class(tables[task], train=True), rng) for task in tasks}
@@ -166,14 +179,11 @@ def rows_to_train(tables: Mapping[str, Sequence[Row]], cell: Cell) -> dict[str, 
 
 def _queue(classes: Mapping[str, list[Row]], rng: np.random.Generator) -> list[tuple[int, int, Row]]:
     """All images: of each the place of its class in a drawn order, and its own place among those of the class."""
-    order = rng.permutation(len(classes)).tolist()
-    rows = [
-        (place, rng.permutation(len(of_class)), of_class)
-        for place, of_class in zip(order, classes.values(), strict=True)
-    ]
-    return [
-        (place, own, of_class[row]) for place, shuffled, of_class in rows for own, row in enumerate(shuffled.tolist())
-    ]
+    found = list[tuple[int, int, Row]]()
+    for place, of_class in zip(rng.permutation(len(classes)).tolist(), classes.values(), strict=True):
+        for own, row in enumerate(rng.permutation(len(of_class)).tolist()):
+            found.append((place, own, of_class[row]))
+    return found
 
 
 def _of_classes(queue: Sequence[tuple[int, int, Row]], count: int) -> list[Row]:

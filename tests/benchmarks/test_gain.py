@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def test_a_wrong_setting_is_named(tmp_path: Path, changed: dict[str, object], me
         measure_gain(settings, lambda line: None)
 
 
+def test_cells_of_other_settings_are_not_put_into_one_table(tmp_path: Path) -> None:
+    (tmp_path / "birds.csv").touch()
+    one = GainSettings(tmp_path, tmp_path / "out", "demo", (8,), (1,), (4,), (0,), (), 12, ("adapt.batch=8",))
+    gain._check_same(one, one.out)
+    gain._check_same(one, one.out)
+    with pytest.raises(ValueError, match=r'out: its cells have .*"test_images": 12.* not .*"test_images": 20'):
+        measure_gain(replace(one, test_images=20), lambda line: None)
+
+
 @pytest.mark.slow
 def test_a_cell_is_a_run_which_a_second_call_does_not_repeat(tmp_path: Path) -> None:
     tasks = tmp_path / "tasks"
@@ -112,5 +122,6 @@ def test_a_cell_is_a_run_which_a_second_call_does_not_repeat(tmp_path: Path) -> 
     assert cell["images"] == 12
     assert "photos" in text
     before = os.stat(tmp_path / "out/cells/all_n12_s0_e1_h4/config.yaml").st_mtime_ns
-    assert gain.run({**options, "overrides": []}, lambda line: None)[1]["cells"] == [cell]
+    again = {**options, "overrides": ["resources.workers=1", "resources.adapt_ranks=1"]}
+    assert gain.run(again, lambda line: None)[1]["cells"] == [cell]
     assert os.stat(tmp_path / "out/cells/all_n12_s0_e1_h4/config.yaml").st_mtime_ns == before
